@@ -1,0 +1,51 @@
+"""The errors of vattn.
+
+Bad input is a ``TypeError``, ``ValueError``, ``IndexError`` or ``OverflowError``; everything else is one of these. Each names
+the parameter or the call, the value and the way out, and leaves the state as it was. Thread: any.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base of everything vattn raises for reasons other than bad input."""
+
+
+class OutOfMemoryError(Error, MemoryError):
+    """Memory, or another resource that memory needs, is not there; nothing was taken.
+
+    Attributes:
+        needed_bytes: what the call had to create.
+        available_bytes: what it could have had.
+        limit_bytes: the bound that said no.
+    """
+
+    needed_bytes: int = 0
+    available_bytes: int = 0
+    limit_bytes: int = 0
+
+
+class NoFreeSlotError(Error):
+    """Every slot of the cache is in use."""
+
+
+class DriverError(Error):
+    """A driver call failed.
+
+    Attributes:
+        call: its name, such as ``cuMemMap`` or ``fallocate``.
+        code: the numeric code: a CUresult, or errno on a host.
+        name: the code's name, such as ``CUDA_ERROR_INVALID_VALUE`` or ``ENOMEM``.
+    """
+
+    call: str = ""
+    code: int = 0
+    name: str = ""
+
+
+class ClosedError(Error):
+    """The object was closed, or belongs to the process that forked this one."""
+
+
+class InUseError(Error):
+    """The object is still used by others, named in the message."""

@@ -1,0 +1,168 @@
+"""GrowableTensor: rows arrive over time, at addresses that never change and without a copy.
+
+Thread: any method from any thread; ``append`` from several threads at once keeps memory safe but not the order of rows.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+from vattn import _core
+from vattn._arguments import is_torch_tensor, to_device_name, to_dtype_name, to_int, to_ints, to_optional_size
+from vattn._tensors import finisher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+
+class GrowableTensor:
+    """A tensor of up to ``max_rows`` rows of shape ``row_shape``, with memory behind the rows in use.
+
+    Args:
+        row_shape: of one row; an int for rows of one dimension, ``()`` for single elements.
+        max_rows: rows it can grow to. Addresses are reserved for them; they cost nothing.
+        dtype: as for :class:`vattn.KVCache`.
+        device: ``"cpu"``, ``"cuda[:i]"`` or ``"meta"``.
+        page_size: bytes, or text such as ``"2MiB"``; None: 64 KiB on the host, 2 MiB on cuda and meta.
+        memory_limit: bytes, or text, at least one page; None: 90 % of what is free now.
+
+    Raises:
+        TypeError, ValueError, OverflowError: a bad argument.
+        OutOfMemoryError: the addresses are not to be had.
+    """
+
+    def __init__(
+        self,
+        row_shape: Sequence[int] | int,
+        max_rows: int,
+        dtype: torch.dtype | str,
+        device: torch.device | str = "cpu",
+        page_size: int | str | None = None,
+        memory_limit: int | str | None = None,
+    ) -> None:
+        shape = to_ints(row_shape, "row_shape") if hasattr(row_shape, "__len__") else [to_int(row_shape, "row_shape")]
+        if len(shape) > 7:
+            raise ValueError(f"row_shape={tuple(shape)} has {len(shape)} dimensions: at most 7 are supported")
+        self._row_shape = tuple(shape)
+        self._max_rows = to_int(max_rows, "max_rows")
+        self._dtype_name = to_dtype_name(dtype)
+        self._device_name = to_device_name(device)
+        self._native = _core.GrowableTensor(
+            shape,
+            self._max_rows,
+            self._dtype_name,
+            self._device_name,
+            page_size=to_optional_size(page_size, "page_size"),
+            memory_limit=to_optional_size(memory_limit, "memory_limit"),
+        )
+        self._finish = finisher(self._dtype_name, self._device_name)
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Copies ``rows``, of shape ``(n, *row_shape)`` and the tensor's dtype, behind the last row.
+
+        ValueError, TypeError: another shape or dtype, or more rows than fit. OutOfMemoryError: no memory. Nothing changed then.
+        """
+        if not is_torch_tensor(rows):
+            raise TypeError(f"rows must be a torch.Tensor, not {type(rows).__name__}")
+        if tuple(rows.shape[1:]) != self._row_shape or rows.dim() == 0:
+            raise ValueError(f"rows has shape {tuple(rows.shape)}; it must be (n, {', '.join(map(str, self._row_shape))})")
+        if str(rows.dtype) != f"torch.{self._dtype_name}":
+            raise ValueError(f"rows has dtype {rows.dtype}; the tensor holds torch.{self._dtype_name}: convert it first")
+        old = self._native.rows()
+        new = old + rows.shape[0]
+        if new > self._max_rows:
+            raise ValueError(f"rows: {rows.shape[0]} more than the {old} there are exceed max_rows={self._max_rows}")
+        self._native.resize(new)
+        if self._device_name == "meta":
+            return
+        try:
+            self.tensor[old:new].copy_(rows.detach())
+        except BaseException:
+            self._native.resize(old)
+            raise
+
+    def resize(self, n: int) -> None:
+        """Gives the tensor ``n`` rows. New rows hold zeros or what an earlier use left; whole pages past the last go back."""
+        self._native.resize(to_int(n, "n"))
+
+    def __len__(self) -> int:
+        """Rows in use."""
+        return self._native.rows()
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The rows in use, ``(len(self), *row_shape)``, sharing memory; always at the same ``data_ptr()``."""
+        tensor: torch.Tensor = self._finish((self._native.tensor(),))[0]
+        return tensor
+
+    @property
+    def nbytes_mapped(self) -> int:
+        """Bytes of physical memory behind the rows."""
+        return self._native.mapped_bytes()
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes of physical memory it may hold; settable at any time."""
+        return self._native.memory_limit()
+
+    @memory_limit.setter
+    def memory_limit(self, value: int | str) -> None:
+        limit = to_optional_size(value, "memory_limit")
+        if limit is None:
+            raise TypeError("memory_limit=None must be a number of bytes or text such as '20GiB' once the tensor exists")
+        self._native.set_memory_limit(limit)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self._row_shape
+
+    @property
+    def max_rows(self) -> int:
+        return self._max_rows
+
+    @property
+    def page_size(self) -> int:
+        """Bytes."""
+        return self._native.page_size()
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self._device_name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self._dtype_name)
+        return dtype
+
+    def close(self) -> None:
+        """Gives everything back but what living tensors hold. A second call does nothing."""
+        self._native.close()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._native.is_closed()
+
+    def __enter__(self) -> GrowableTensor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else f"{len(self)} of {self._max_rows} rows"
+        return f"<vattn.GrowableTensor {self._row_shape} {self._dtype_name}, {self._device_name}, {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a GrowableTensor cannot be pickled or copied: it owns mapped memory; copy its .tensor instead")

@@ -1,0 +1,49 @@
+// What the binding files share.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "vattn/kv/kv_cache.hpp"
+#include "vattn/tensor/growable_tensor.hpp"
+
+namespace nb = nanobind;
+
+void bind_errors(nb::module_& module);
+void bind_system(nb::module_& module);
+void bind_kv_cache(nb::module_& module);
+void bind_growable_tensor(nb::module_& module);
+
+/// The dtype of that name (torch's), or ValueError.
+[[nodiscard]] vattn::DType dtype_of(const std::string& name);
+
+/// A torch tensor that keeps `owner` alive; on meta, which has no memory to share, the pair (shape, strides).
+[[nodiscard]] nb::object to_torch(vattn::Address address, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
+                                  vattn::DType dtype, vattn::TensorDevice device, int device_index,
+                                  const std::shared_ptr<vattn::Buffer>& owner);
+
+template <std::size_t Rank>
+[[nodiscard]] nb::object to_torch(const vattn::TensorView<Rank>& view) {
+  return to_torch(view.address, view.shape, view.strides, view.dtype, view.device, view.device_index, view.owner);
+}
+
+/// An int, or anything with __index__ but bool. TypeError and OverflowError name the parameter.
+[[nodiscard]] std::int64_t to_int64(nb::handle value, const char* parameter);
+
+/// Lengths as Python users give them. `kind` says which of the two is filled, or that the object needs help from Python.
+struct Lengths {
+  enum class Kind { kSequence, kNamed, kUnknown };
+  Kind kind = Kind::kUnknown;
+  std::span<const std::int64_t> sequence;   ///< into `array` or `numbers`
+  std::vector<vattn::SlotLength> named;
+
+  nb::ndarray<const std::int64_t, nb::ndim<1>, nb::device::cpu> array;
+  std::vector<std::int64_t> numbers;
+};
+[[nodiscard]] Lengths to_lengths(nb::handle value);

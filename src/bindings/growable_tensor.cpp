@@ -1,0 +1,45 @@
+// vattn._core.GrowableTensor: the C++ class, argument for argument. vattn.GrowableTensor wraps it.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/bindings.hpp"
+
+namespace {
+
+using vattn::GrowableTensor;
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+nb::object tensor(const GrowableTensor& growable) {
+  GrowableTensor::View view;
+  {
+    const nb::gil_scoped_release release;
+    view = growable.view();
+  }
+  std::vector<std::int64_t> strides(view.shape.size(), 1);
+  for (std::size_t i = strides.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * view.shape[i + 1];
+  return to_torch(view.address, view.shape, strides, view.dtype, view.device, view.device_index, view.owner);
+}
+
+}  // namespace
+
+void bind_growable_tensor(nb::module_& module) {
+  nb::class_<GrowableTensor>(module, "GrowableTensor")
+      .def("__init__", [](GrowableTensor* self, std::vector<std::int64_t> row_shape, std::int64_t max_rows, const std::string& dtype, const std::string& device,
+                       std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit) {
+             GrowableTensor::Config config{std::move(row_shape), max_rows, dtype_of(dtype), page_size, memory_limit};
+             const nb::gil_scoped_release release;
+             new (self) GrowableTensor(config, vattn::parse_device(device));
+           },
+           nb::arg("row_shape"), nb::arg("max_rows"), nb::arg("dtype"), nb::arg("device"), nb::arg("page_size").none(),
+           nb::arg("memory_limit").none())
+      .def("resize", &GrowableTensor::resize, Release())
+      .def("rows", &GrowableTensor::rows, Release())
+      .def("tensor", &tensor)
+      .def("mapped_bytes", &GrowableTensor::mapped_bytes, Release())
+      .def("memory_limit", &GrowableTensor::memory_limit, Release())
+      .def("set_memory_limit", &GrowableTensor::set_memory_limit, Release())
+      .def("close", &GrowableTensor::close, Release())
+      .def("is_closed", &GrowableTensor::is_closed, Release())
+      .def("page_size", &GrowableTensor::page_size);
+}

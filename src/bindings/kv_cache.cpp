@@ -1,0 +1,142 @@
+// vattn._core.KVCache: the C++ class, argument for argument. vattn.KVCache wraps it.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/bindings.hpp"
+
+namespace {
+
+using vattn::KVCache;
+using Release = nb::call_guard<nb::gil_scoped_release>;
+using Slots = std::vector<std::int64_t>;
+
+template <typename T>
+std::optional<T> one_of(const std::optional<std::string>& value, const char* parameter, const char* first, T if_first, const char* second,
+                        T if_second) {
+  if (!value) return std::nullopt;
+  if (*value == first) return if_first;
+  if (*value == second) return if_second;
+  throw std::invalid_argument(std::string(parameter) + "=\"" + *value + "\" must be None, \"" + first + "\" or \"" + second + "\"");
+}
+
+template <std::size_t Rank>
+nb::tuple to_python(const vattn::KVView<Rank>& views) {
+  return nb::make_tuple(to_torch(views.k), views.v ? to_torch(*views.v) : nb::none());
+}
+
+/// False: not a form this file knows; Python turns it into one.
+bool step(KVCache& cache, nb::handle value) {
+  const Lengths lengths = to_lengths(value);
+  if (lengths.kind == Lengths::Kind::kUnknown) return false;
+  if (lengths.kind == Lengths::Kind::kSequence) {
+    // The common step grows nothing and finds the lock free: done before the GIL could be released and taken again.
+    if (cache.try_step(lengths.sequence)) return true;
+    const nb::gil_scoped_release release;
+    cache.step(lengths.sequence);
+    return true;
+  }
+  const nb::gil_scoped_release release;
+  cache.step(std::span<const vattn::SlotLength>(lengths.named));
+  return true;
+}
+
+nb::object fits(const KVCache& cache, nb::handle value) {
+  const Lengths lengths = to_lengths(value);
+  if (lengths.kind == Lengths::Kind::kUnknown) return nb::none();
+  bool result = false;
+  {
+    const nb::gil_scoped_release release;
+    result = lengths.kind == Lengths::Kind::kSequence ? cache.fits(lengths.sequence)
+                                                      : cache.fits(std::span<const vattn::SlotLength>(lengths.named));
+  }
+  return nb::bool_(result);
+}
+
+nb::tuple view(const KVCache& cache, std::int64_t layer, std::int64_t slot) {
+  return to_python([&] {
+    const nb::gil_scoped_release release;
+    return cache.view(layer, slot);
+  }());
+}
+
+nb::tuple batch(const KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length) {
+  return to_python([&] {
+    const nb::gil_scoped_release release;
+    return cache.batch(layer, slots, length);
+  }());
+}
+
+nb::tuple layer(const KVCache& cache, std::int64_t index) {
+  return to_python([&] {
+    const nb::gil_scoped_release release;
+    return cache.layer(index);
+  }());
+}
+
+/// In the order of vattn.Stats.
+nb::tuple stats(const KVCache& cache) {
+  vattn::CacheStats now;
+  {
+    const nb::gil_scoped_release release;
+    now = cache.stats();
+  }
+  return nb::make_tuple(now.reserved_bytes, now.created_bytes, now.mapped_bytes, now.pooled_bytes, now.retired_bytes, now.limit_bytes,
+                        now.used_bytes, now.available_bytes, now.reclaimable_bytes, now.active_slots, now.warm_slots, now.driver_calls,
+                        now.pages_created, now.pages_reused, now.map_wait_ns);
+}
+
+}  // namespace
+
+void bind_kv_cache(nb::module_& module) {
+  nb::class_<KVCache>(module, "KVCache")
+      .def("__init__", [](KVCache* self, std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t max_batch_size,
+                       std::int64_t max_seq_len, const std::string& dtype, const std::string& device,
+                       std::optional<std::int64_t> v_head_dim, std::int64_t layers_per_tensor, const std::optional<std::string>& layout,
+                       std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit,
+                       const std::optional<std::string>& unmapped_reads, std::int64_t guard_tokens, bool scrub) {
+             vattn::CacheConfig config;
+             config.num_layers = num_layers;
+             config.num_kv_heads = num_kv_heads;
+             config.head_dim = head_dim;
+             config.max_batch_size = max_batch_size;
+             config.max_seq_len = max_seq_len;
+             config.dtype = dtype_of(dtype);
+             config.v_head_dim = v_head_dim;
+             config.layers_per_tensor = layers_per_tensor;
+             config.layout = one_of(layout, "layout", "NHD", vattn::Layout::kNHD, "HND", vattn::Layout::kHND);
+             config.page_size = page_size;
+             config.memory_limit = memory_limit;
+             config.unmapped_reads =
+                 one_of(unmapped_reads, "unmapped_reads", "fault", vattn::UnmappedReads::kFault, "zeros", vattn::UnmappedReads::kZeros);
+             config.guard_tokens = guard_tokens;
+             config.scrub = scrub;
+             const nb::gil_scoped_release release;
+             new (self) KVCache(config, vattn::parse_device(device));
+           },
+           nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::kw_only(), nb::arg("max_batch_size"),
+           nb::arg("max_seq_len"), nb::arg("dtype"), nb::arg("device"), nb::arg("v_head_dim").none(), nb::arg("layers_per_tensor"),
+           nb::arg("layout").none(), nb::arg("page_size").none(), nb::arg("memory_limit").none(), nb::arg("unmapped_reads").none(),
+           nb::arg("guard_tokens"), nb::arg("scrub"))
+      .def("alloc", &KVCache::alloc, Release())
+      .def("alloc_block", &KVCache::alloc_block, Release())
+      .def("free", &KVCache::free, Release())
+      .def("slots", &KVCache::slots, Release())
+      .def("active_slots", &KVCache::active_slots, Release())
+      .def("step", &step)
+      .def("fits", &fits)
+      .def("truncate", &KVCache::truncate, Release())
+      .def("seq_len", &KVCache::seq_len, Release())
+      .def("committed_len", &KVCache::committed_len, Release())
+      .def("view", &view)
+      .def("batch", &batch)
+      .def("layer", &layer)
+      .def("memory_limit", &KVCache::memory_limit, Release())
+      .def("set_memory_limit", &KVCache::set_memory_limit, Release())
+      .def("stats", &stats)
+      .def("close", &KVCache::close, Release())
+      .def("is_closed", &KVCache::is_closed, Release())
+      .def("layout", [](const KVCache& cache) { return cache.geometry().layout() == vattn::Layout::kHND ? "HND" : "NHD"; })
+      .def("page_size", [](const KVCache& cache) { return cache.geometry().page_size(); })
+      .def("tokens_per_page", [](const KVCache& cache) { return cache.geometry().tokens_per_page(); });
+}

@@ -1,0 +1,286 @@
+#include "vattn/driver/host/host_driver.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <limits>
+#include <mutex>
+
+#include "vattn/driver/host/headroom.hpp"
+#include "vattn/driver/host/mapping_wall.hpp"
+#include "vattn/driver/host/memory_file.hpp"
+#include "vattn/driver/host/system_error.hpp"
+#include "vattn/driver/mapping_table.hpp"
+#include "vattn/fork.hpp"
+
+namespace vattn {
+namespace {
+
+constexpr std::size_t kDefaultPage = std::size_t{64} << 10;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+// File offsets: [0, kFirstWindow) holds pages without a place, the rest is windows. 2^44 bytes are more than a host can hold.
+constexpr std::uint64_t kFirstWindow = std::uint64_t{1} << 44;
+constexpr std::uint64_t kLastOffset = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+
+// A handle is the page's offset in the file, plus one because 0 is no page.
+constexpr PageHandle handle_at(std::uint64_t offset) { return offset + 1; }
+constexpr std::uint64_t offset_of(PageHandle page) { return page - 1; }
+
+void* pointer(Address at) { return reinterpret_cast<void*>(at); }  // NOLINT(performance-no-int-to-ptr): addresses are numbers here
+
+constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) { return (value + unit - 1) / unit * unit; }
+
+class HostDriver final : public Driver {
+ public:
+  HostDriver() : granularity_(static_cast<std::size_t>(::sysconf(_SC_PAGESIZE))), table_(granularity_) {
+    traits_.name = "host";
+    traits_.granularity = granularity_;
+    traits_.default_page_size = std::max(kDefaultPage, granularity_);
+    traits_.tensor_device = TensorDevice::kCpu;
+    traits_.reads_as_zeros = true;
+    traits_.fresh_pages_are_zero = true;
+    traits_.has_memory = true;
+    traits_.mapping_limit = wall_.limit();
+  }
+
+  const DriverTraits& traits() const noexcept override { return traits_; }
+
+  MemoryInfo memory_info() override {
+    generation_.check("this host driver");
+    const std::lock_guard lock(mutex_);
+    return headroom_.read();
+  }
+
+  Address reserve(std::size_t size, UnmappedReads reads) override;
+  void release_range(Address base, std::size_t size) override;
+  PageHandle create(std::size_t size, Address near) override;
+  PageHandle home(Address at) const noexcept override;
+  void release(PageHandle page) override;
+  void map(Address at, std::size_t size, PageHandle page) override;
+  void unmap(Address at, std::size_t size) override;
+  void set_access(Address at, std::size_t size) override;
+
+  void fill_zero(Address at, std::size_t size) override {
+    check_accessible("fill_zero", at, size);
+    std::memset(pointer(at), 0, size);
+  }
+
+  void copy(Address to, Address from, std::size_t size) override {
+    check_accessible("copy", to, size);
+    check_accessible("copy", from, size);
+    std::memcpy(pointer(to), pointer(from), size);
+  }
+
+  void synchronize() override { generation_.check("this host driver"); }
+
+ private:
+  void check_accessible(const char* verb, Address at, std::size_t size) {
+    generation_.check("this host driver");
+    const std::lock_guard lock(mutex_);
+    table_.check_mapped(verb, at, size);
+  }
+  bool is_free(std::uint64_t offset, std::size_t size) const;
+  std::uint64_t find_unplaced(std::size_t size) const;
+  std::int64_t extents_around(const MappingTable::Range& range, Address at, std::size_t size) const;
+
+  Generation generation_;
+  std::size_t granularity_;
+  DriverTraits traits_;
+  mutable std::mutex mutex_;
+  MappingTable table_;
+  host::MemoryFile file_;
+  host::Headroom headroom_;
+  host::MappingWall wall_;
+  std::uint64_t next_window_ = kFirstWindow;
+  std::int64_t extents_ = 0;  ///< kernel mappings that this driver's reservations are made of
+};
+
+int protection(UnmappedReads reads) { return reads == UnmappedReads::kZeros ? PROT_READ : PROT_NONE; }
+
+// Private and read-only, so reading it costs no memory: a shared mapping of a hole would allocate pages.
+constexpr int kReservedFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+
+Address HostDriver::reserve(std::size_t size, UnmappedReads reads) {
+  generation_.check("this host driver");
+  const std::lock_guard lock(mutex_);
+  table_.check_size("reserve", size);
+  wall_.check(extents_, 3);
+  // On a 2 MiB boundary, in memory and in the file, so that the kernel may use huge pages.
+  const std::size_t slack = size >= kHugePage ? kHugePage - granularity_ : 0;
+  if (size > kLastOffset - next_window_ - kHugePage) {
+    throw OutOfMemoryError("reserve: " + std::to_string(size) + " bytes are more than one memory file can address", size,
+                           kLastOffset - next_window_, kLastOffset);
+  }
+  void* got = ::mmap(nullptr, size + slack, protection(reads), kReservedFlags, -1, 0);
+  if (got == MAP_FAILED) {
+    const int code = errno;
+    if (code != ENOMEM) throw host::system_error("mmap", code, "reserve " + std::to_string(size) + " bytes");
+    throw OutOfMemoryError("reserve: " + std::to_string(size) +
+                               " bytes of addresses are not to be had (address space, RLIMIT_AS or vm.max_map_count): reserve less, "
+                               "or raise the limit (ulimit -v)",
+                           size, 0, 0);
+  }
+  const auto start = reinterpret_cast<Address>(got);
+  const Address base = slack != 0 ? round_up(start, kHugePage) : start;
+  if (base > start) ::munmap(got, base - start);
+  if (start + slack > base) ::munmap(pointer(base + size), start + slack - base);
+  try {
+    if (::madvise(pointer(base), size, MADV_DONTFORK) != 0) {
+      throw host::system_error("madvise(MADV_DONTFORK)", errno, std::to_string(size) + " bytes");
+    }
+    table_.note_reserve(base, size, reads, next_window_);
+  } catch (...) {
+    ::munmap(pointer(base), size);
+    throw;
+  }
+  next_window_ += round_up(size, kHugePage);
+  ++extents_;
+  return base;
+}
+
+void HostDriver::release_range(Address base, std::size_t size) {
+  generation_.check("this host driver");
+  const std::lock_guard lock(mutex_);
+  table_.check_release_range(base, size);
+  if (::munmap(pointer(base), size) != 0) throw host::system_error("munmap", errno, std::to_string(size) + " bytes");
+  table_.note_release_range(base);
+  --extents_;
+}
+
+bool HostDriver::is_free(std::uint64_t offset, std::size_t size) const {
+  const auto& pages = table_.pages();
+  const auto next = pages.lower_bound(handle_at(offset));
+  if (next != pages.end() && offset_of(next->first) - offset < size) return false;
+  if (next == pages.begin()) return true;
+  const auto previous = std::prev(next);
+  return offset_of(previous->first) + previous->second.size <= offset;
+}
+
+std::uint64_t HostDriver::find_unplaced(std::size_t size) const {
+  // First fit keeps the region compact, which is what a finite RLIMIT_FSIZE needs. Rare: pages nearly always have a place.
+  std::uint64_t offset = 0;
+  for (const auto& [page, info] : table_.pages()) {
+    if (offset_of(page) >= kFirstWindow || offset_of(page) - offset >= size) break;
+    offset = offset_of(page) + info.size;
+  }
+  return offset;
+}
+
+PageHandle HostDriver::home(Address at) const noexcept {
+  const std::lock_guard lock(mutex_);
+  const MappingTable::Range* range = table_.find(at);
+  return range != nullptr ? handle_at(range->window + (at - range->base)) : 0;
+}
+
+PageHandle HostDriver::create(std::size_t size, Address near) {
+  generation_.check("this host driver");
+  const std::lock_guard lock(mutex_);
+  table_.check_size("create", size);
+  const MappingTable::Range* range = near != 0 ? table_.find(near) : nullptr;
+  std::uint64_t offset = 0;
+  bool placed = range != nullptr && (near - range->base) % granularity_ == 0 && size <= range->size - (near - range->base);
+  if (placed) {
+    offset = range->window + (near - range->base);
+    placed = is_free(offset, size) && offset + size <= host::MemoryFile::size_limit();
+  }
+  if (!placed) offset = find_unplaced(size);
+  headroom_.take(size);
+  table_.note_create(handle_at(offset), size);
+  try {
+    file_.allocate(offset, size);
+  } catch (...) {
+    table_.note_release(handle_at(offset));
+    throw;
+  }
+  return handle_at(offset);
+}
+
+void HostDriver::release(PageHandle page) {
+  generation_.check("this host driver");
+  const std::lock_guard lock(mutex_);
+  table_.check_release(page);
+  const MappingTable::Page info = table_.pages().find(page)->second;
+  if (info.mappings == 0) file_.punch(offset_of(page), info.size);
+  table_.note_release(page);
+}
+
+// The kernel's mappings between the neighbours of [at, at + size): what merges counts once. Merging with what lies outside the
+// reservation is left out, so the count errs on the high side.
+std::int64_t HostDriver::extents_around(const MappingTable::Range& range, Address at, std::size_t size) const {
+  const auto& mapped = range.mapped;
+  auto it = mapped.lower_bound(at);
+  if (it != mapped.begin()) --it;
+  const bool has_left = it != mapped.end() && it->first < at;
+  Address reached = has_left ? it->first : range.base;
+  std::uint64_t file_end = kLastOffset;  // where the next page's offset would have to be to merge
+  std::int64_t extents = 0;
+  Address end = at + size;
+  for (; it != mapped.end() && reached <= end; ++it) {
+    if (it->first > reached) {
+      ++extents;  // a gap
+      file_end = kLastOffset;
+    }
+    const std::uint64_t offset = offset_of(it->second.page);
+    if (offset != file_end) ++extents;
+    file_end = offset + it->second.size;
+    reached = it->first + it->second.size;
+  }
+  if (reached <= end && reached < range.base + range.size) ++extents;  // the gap behind
+  return extents;
+}
+
+void HostDriver::map(Address at, std::size_t size, PageHandle page) {
+  generation_.check("this host driver");
+  const std::lock_guard lock(mutex_);
+  const MappingTable::Range& range = table_.check_map(at, size, page);
+  wall_.check(extents_, 3);
+  const std::int64_t before = extents_around(range, at, size);
+  table_.note_map(at, size, page);
+  void* got = ::mmap(pointer(at), size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file_.descriptor(),
+                     static_cast<off_t>(offset_of(page)));
+  if (got == MAP_FAILED) {
+    const int code = errno;
+    table_.note_unmap(at, size, [](PageHandle, std::size_t) {});
+    throw host::system_error("mmap", code, "map " + std::to_string(size) + " bytes");
+  }
+  extents_ += extents_around(range, at, size) - before;
+}
+
+void HostDriver::set_access(Address at, std::size_t size) {
+  generation_.check("this host driver");
+  const std::lock_guard lock(mutex_);
+  table_.check_mapped("set_access", at, size);
+  // Every mmap over a reservation loses the advice. Given once a run, it also lets the run merge with its neighbours.
+  if (::madvise(pointer(at), size, MADV_DONTFORK) != 0) {
+    throw host::system_error("madvise(MADV_DONTFORK)", errno, std::to_string(size) + " bytes");
+  }
+}
+
+void HostDriver::unmap(Address at, std::size_t size) {
+  generation_.check("this host driver");
+  const std::lock_guard lock(mutex_);
+  const MappingTable::Range& range = table_.check_unmap(at, size);
+  const std::int64_t before = extents_around(range, at, size);
+  // One call for the whole run, mapped over rather than taken away: at the wall this works where munmap does not.
+  if (::mmap(pointer(at), size, protection(range.reads), kReservedFlags | MAP_FIXED, -1, 0) == MAP_FAILED) {
+    throw host::system_error("mmap", errno, "put the reservation back over " + std::to_string(size) + " bytes");
+  }
+  // Should this fail, a child inherits addresses that hold nothing: no reason to undo the rest.
+  static_cast<void>(::madvise(pointer(at), size, MADV_DONTFORK));
+  table_.note_unmap(at, size, [this](PageHandle page, std::size_t bytes) {
+    try {
+      file_.punch(offset_of(page), bytes);
+    } catch (const DriverError&) {  // NOLINT(bugprone-empty-catch)
+      // The bytes go when the file is closed; the mapping is gone, which is what was asked for.
+    }
+  });
+  extents_ += extents_around(range, at, size) - before;
+}
+
+}  // namespace
+
+std::shared_ptr<Driver> open_host_driver() { return std::make_shared<HostDriver>(); }
+
+}  // namespace vattn

@@ -1,0 +1,38 @@
+// One memory file (memfd): the physical memory of a host driver.
+//
+// The file is sparse and its offsets are cheap: only what was allocated takes memory. allocate() commits at once or throws and
+// has committed nothing; a committed byte never raises SIGBUS later. The descriptor is closed on exec and in forked children,
+// because a child that punched a hole would erase its parent's bytes.
+// Thread: any; the calls are system calls on one descriptor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vattn::host {
+
+class MemoryFile {
+ public:
+  MemoryFile();
+  ~MemoryFile();
+  MemoryFile(const MemoryFile&) = delete;
+  MemoryFile& operator=(const MemoryFile&) = delete;
+  MemoryFile(MemoryFile&&) = delete;
+  MemoryFile& operator=(MemoryFile&&) = delete;
+
+  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
+
+  /// Commits zeros. OutOfMemoryError where the system or RLIMIT_FSIZE says no, DriverError for any other reason.
+  void allocate(std::uint64_t offset, std::size_t size) const;
+
+  /// Gives memory back.
+  void punch(std::uint64_t offset, std::size_t size) const;
+
+  /// First offset past what RLIMIT_FSIZE lets this process write: crossing it would raise SIGXFSZ, which kills by default.
+  [[nodiscard]] static std::uint64_t size_limit() noexcept;
+
+ private:
+  int descriptor_;
+};
+
+}  // namespace vattn::host

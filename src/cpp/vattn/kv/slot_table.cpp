@@ -1,0 +1,58 @@
+#include "vattn/kv/slot_table.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+namespace vattn {
+
+SlotTable::SlotTable(std::int64_t slots) : lengths_(at(slots), 0), committed_(at(slots), 0), active_(at(slots), 0) {}
+
+std::int64_t SlotTable::total_tokens() const noexcept { return std::reduce(lengths_.begin(), lengths_.end()); }
+
+std::vector<std::int64_t> SlotTable::active_slots() const {
+  std::vector<std::int64_t> slots;
+  for (std::int64_t slot = 0; slot < size(); ++slot) {
+    if (is_active(slot)) slots.push_back(slot);
+  }
+  return slots;
+}
+
+std::int64_t SlotTable::find_free(std::int64_t count) const noexcept {
+  std::int64_t run = 0;
+  for (std::int64_t slot = first_free_; slot < size(); ++slot) {
+    run = is_active(slot) ? 0 : run + 1;
+    if (run == count) return slot - count + 1;
+  }
+  return -1;
+}
+
+void SlotTable::take(std::int64_t slot) noexcept {
+  active_[at(slot)] = 1;
+  ++active_count_;
+  if (slot == first_free_) ++first_free_;
+}
+
+void SlotTable::give(std::int64_t slot) noexcept {
+  active_[at(slot)] = 0;
+  lengths_[at(slot)] = 0;
+  committed_[at(slot)] = 0;
+  --active_count_;
+  first_free_ = std::min(first_free_, slot);
+}
+
+bool SlotTable::advance(std::span<const std::int64_t> lengths) noexcept {
+  // Unsigned, so that a negative length is past every committed one; a free slot has 0 committed, so any length is past it.
+  // No early exit and no branch: the common answer is that nothing grows, and the loop then runs in vector registers.
+  std::uint64_t past = 0;
+  const std::int64_t* const committed = committed_.data();
+  const std::size_t count = lengths.size();
+  for (std::size_t slot = 0; slot < count; ++slot) {
+    past |= static_cast<std::uint64_t>(static_cast<std::uint64_t>(lengths[slot]) > static_cast<std::uint64_t>(committed[slot]));
+  }
+  if (past != 0) return false;
+  std::int64_t* const current = lengths_.data();
+  for (std::size_t slot = 0; slot < count; ++slot) current[slot] = std::max(current[slot], lengths[slot]);
+  return true;
+}
+
+}  // namespace vattn

@@ -1,0 +1,52 @@
+#include "vattn/tensor/buffer.hpp"
+
+namespace vattn {
+
+Buffer::Buffer(std::shared_ptr<PagePool> pool, std::size_t rows, std::size_t row_bytes, UnmappedReads reads)
+    : pool_(std::move(pool)),
+      reservation_(std::make_unique<Reservation>(pool_->driver(), rows * row_bytes, reads)),
+      base_(reservation_->base()),
+      size_(reservation_->size()) {
+  rows_.reserve(rows);
+  for (std::size_t row = 0; row < rows; ++row) rows_.emplace_back(base_ + row * row_bytes);
+}
+
+Buffer::~Buffer() {
+  if (!generation_.is_current()) {
+    // A forked child: these addresses are not mapped here, or are somebody else's by now. Leak the books, touch nothing.
+    static_cast<void>(reservation_.release());
+    return;
+  }
+  if (reservation_ == nullptr) return;
+  PagePool::Losses losses;
+  try {
+    pool_->driver().synchronize();
+  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    // A device that cannot be waited for runs nothing any more; giving back is tried all the same.
+  }
+  release(losses);
+  pool_->trim_to_limit(losses);
+}
+
+void Buffer::release(PagePool::Losses& losses) noexcept {
+  if (reservation_ == nullptr) return;
+  bool emptied = true;
+  for (Row& row : rows_) {
+    if (row.shrink(*pool_, 0, &losses)) continue;
+    row.abandon(*pool_, losses);
+    emptied = false;
+  }
+  try {
+    if (emptied) {
+      reservation_->release();
+    } else {
+      ++losses.ranges;
+      static_cast<void>(reservation_.release());
+    }
+  } catch (const std::exception& error) {
+    losses.note(losses.ranges, error);
+  }
+  reservation_.reset();
+}
+
+}  // namespace vattn
