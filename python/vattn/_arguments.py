@@ -10,7 +10,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vattn.sizes import parse_size
+from vattn.sizes import parse_size, shown
 
 _INT64_MAX = 2**63 - 1
 
@@ -24,8 +24,11 @@ def to_int(value: Any, name: str) -> int:
     """``value`` as an int: ints, numpy integers, 0-d integer tensors; not bool, not float."""
     # A bool would pass for 0 or 1 everywhere, which is never what was meant; a numpy or torch one says so in its dtype.
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}")
-    number = operator.index(value)
+        raise TypeError(f"{name}={shown(value)} must be an int, not {type(value).__name__}")
+    try:
+        number = operator.index(value)
+    except Exception as error:
+        raise TypeError(f"{name}={shown(value)} cannot be used as an int: {error}") from error
     if not -_INT64_MAX <= number <= _INT64_MAX:
         raise OverflowError(f"{name}: a number of {number.bit_length()} bits does not fit in 64")
     return number
@@ -71,6 +74,9 @@ def to_device_name(value: Any, name: str = "device") -> str:
     if not isinstance(value, str) and not is_torch_device:
         raise TypeError(f"{name}={value!r} must be a str or a torch.device, not {type(value).__name__}")
     text = str(value)
+    kind, _, index = text.partition(":")
+    if kind in ("cpu", "meta") and index.isdecimal() and int(index) == 0:
+        return kind  # one name for one device: "meta:0" is "meta"
     if text == "cuda":
         import sys
 
@@ -85,7 +91,10 @@ def to_ints(value: Any, name: str) -> list[int]:
     if isinstance(value, str | bytes | bytearray | Mapping):
         raise TypeError(f"{name}={value!r} must be a sequence of ints, not {type(value).__name__}")
     if hasattr(value, "tolist"):
-        value = value.tolist()
+        try:
+            value = value.tolist()
+        except Exception as error:  # a tensor without data: meta, sparse
+            raise TypeError(f"{name}: a {type(value).__name__} whose numbers cannot be read ({error})") from error
     if not isinstance(value, Sequence):
         raise TypeError(f"{name}={value!r} must be a one-dimensional sequence of ints, not {type(value).__name__}")
     return [to_int(item, name) for item in value]
@@ -94,5 +103,5 @@ def to_ints(value: Any, name: str) -> list[int]:
 def to_lengths(value: Any) -> dict[Any, Any] | list[int]:
     """What ``step`` and ``fits`` take and the native part does not know by itself: other mappings, sequences and integer types."""
     if isinstance(value, Mapping):
-        return dict(value)
+        return {to_int(slot, "lengths: slot"): to_int(length, "lengths: length") for slot, length in value.items()}
     return to_ints(value, "lengths")

@@ -1,15 +1,16 @@
 """Attention over a vattn.KVCache with torch's scaled_dot_product_attention.
 
-What it is: the reference calls, `decode` (one new token a slot) and `prefill` (several), and the helpers they share with
-`attn_implementation="vattn"`. They show what a contiguous cache gives a kernel: plain strided views of exactly the tokens in
-use, read where they lie, with no block table and no mask.
+What it is: the reference calls, `decode` (one new token a slot) and `prefill` (several), and the helpers they share
+with `attn_implementation="vattn"`. They show what a contiguous cache gives a kernel: plain strided views of exactly the
+tokens in use, read where they lie, with no block table and no mask.
 
-What it promises: a query sees the tokens of its own slot and nothing else; the cache is only read; no key or value is copied.
+What it promises: a query sees the tokens of its own slot and nothing else; the cache is only read; no key or value is
+copied.
 
 Thread: any, as long as nobody writes to the tokens that are being read.
 
-Shapes are (slot, token, head, dim) in the public calls, as everywhere in vattn, and (slot, head, token, dim) in the helpers, as
-in torch's own attention.
+Shapes are (slot, token, head, dim) in the public calls, as everywhere in vattn, and (slot, head, token, dim) in the
+helpers, as in torch's own attention.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ def decode(
 ) -> torch.Tensor:
     """Attention of the newest token of each slot over everything the slot holds.
 
-    `q` is (n, q_heads, head_dim), or (n, 1, q_heads, head_dim), row i for `slots[i]`, whose own key and value are already in
-    the cache. `q_heads` is a multiple of the cache's heads. `scale` multiplies the scores; None: 1 / sqrt(head_dim).
+    `q` is (n, q_heads, head_dim), or (n, 1, q_heads, head_dim), row i for `slots[i]`, whose own key and value are
+    already in the cache. `q_heads` is a multiple of the cache's heads. `scale` multiplies the scores; None: 1 /
+    sqrt(head_dim).
 
-    Returns a tensor shaped as `q`, with the values' dim last. Slots may have different lengths: those that do are read one by
-    one, each over its exact length, which costs less than one masked call over the longest. Raises TypeError or ValueError for
-    a query that does not fit the cache or a slot with no tokens, and what the cache raises for a bad layer or slot.
+    Returns a tensor shaped as `q`, with the values' dim last. Slots may have different lengths: those that do are read
+    one by one, each over its exact length, which costs less than one masked call over the longest. Raises TypeError or
+    ValueError for a query that does not fit the cache or a slot with no tokens, and what the cache raises for a bad
+    layer or slot.
     """
     slots = _slot_list(slots)
     _check_tensor("q", q, (3, 4), len(slots))
@@ -72,37 +75,38 @@ def prefill(
     """Causal attention of the newest tokens of each slot over everything up to themselves.
 
     `q` is (n, tokens, q_heads, head_dim), or, where slots have different numbers of new tokens, a list of n tensors
-    (tokens_i, q_heads, head_dim). The new tokens' keys and values are already in the cache, so the last query belongs to the
-    slot's last token: the first of a prompt's queries may well come after thousands of cached tokens.
+    (tokens_i, q_heads, head_dim). The new tokens' keys and values are already in the cache, so the last query belongs
+    to the slot's last token: the first of a prompt's queries may well come after thousands of cached tokens.
 
-    Returns a tensor or a list like `q`, with the values' dim last. Errors are those of `decode`; more queries than the slot has
-    tokens is a ValueError.
+    Returns a tensor or a list like `q`, with the values' dim last. Errors are those of `decode`; more queries than the
+    slot has tokens is a ValueError.
     """
     slots = _slot_list(slots)
     if isinstance(q, torch.Tensor):
         _check_tensor("q", q, (4,), len(slots))
-        return torch.stack([_prefill_one(query, cache, layer, slot, scale) for query, slot in zip(q, slots, strict=True)])
+        queries = list(q)
+        return torch.stack([_prefill_one(*pair, cache, layer, scale) for pair in zip(queries, slots, strict=True)])
     queries = list(q)
     if len(queries) != len(slots):
         raise ValueError(f"q has {len(queries)} tensors for {len(slots)} slots; give one a slot")
     for row, query in enumerate(queries):
         _check_tensor(f"q[{row}]", query, (3,), None)
-    return [_prefill_one(query, cache, layer, slot, scale) for query, slot in zip(queries, slots, strict=True)]
+    return [_prefill_one(*pair, cache, layer, scale) for pair in zip(queries, slots, strict=True)]
 
 
 def fold_groups(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(n, q_heads, 1, dim) -> (n, kv_heads, q_heads / kv_heads, dim): the query heads that share a key head become its queries.
+    """(n, q_heads, 1, dim) -> (n, kv_heads, q_heads / kv_heads, dim): the query heads that share a key head become its
+    queries.
 
-    One query sees all keys, so nothing tells the heads of a group from as many tokens, and a kernel that would read the keys
-    once for every query head reads them once for every key head. Only for one query token, and never with `is_causal`.
+    One query sees all keys, so nothing tells the heads of a group from as many tokens, and a kernel that would read the
+    keys once for every query head reads them once for every key head. Only for one query token, and never with
+    `is_causal`.
     """
     n, heads, _, dim = query.shape
     return query.reshape(n, kv_heads, heads // kv_heads, dim)
 
 
-def attend_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
-) -> torch.Tensor:
+def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """One query token a row over all keys: `query` (n, q_heads, 1, dim), `key` and `value` (n, kv_heads, length, dim).
 
     Returns (n, q_heads, 1, value dim).
@@ -125,15 +129,14 @@ def attend_spans(
     if len(set(spans)) == 1:
         start, end = spans[0]
         return attend_one(query, key[:, :, start:end], value[:, :, start:end], scale)
-    return torch.cat(
-        [
-            attend_one(query[row : row + 1], key[row : row + 1, :, start:end], value[row : row + 1, :, start:end], scale)
-            for row, (start, end) in enumerate(spans)
-        ]
-    )
+    out = []
+    for row, (start, end) in enumerate(spans):
+        one = slice(row, row + 1)
+        out.append(attend_one(query[one], key[one, :, start:end], value[one, :, start:end], scale))
+    return torch.cat(out)
 
 
-def _prefill_one(q: torch.Tensor, cache: KVCache, layer: int, slot: int, scale: float | None) -> torch.Tensor:
+def _prefill_one(q: torch.Tensor, slot: int, cache: KVCache, layer: int, scale: float | None) -> torch.Tensor:
     """(tokens, q_heads, dim) -> (tokens, q_heads, value dim)."""
     tokens, length = q.shape[0], _length(cache, slot)
     if tokens > length:
@@ -162,8 +165,8 @@ def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> tuple[
     heads, dim = k.shape[-2:]
     if q.shape[-2] == 0 or q.shape[-2] % heads or q.shape[-1] != dim or q.dtype != k.dtype or q.device != k.device:
         raise ValueError(
-            f"q has {q.shape[-2]} heads of {q.shape[-1]}, {q.dtype} on {q.device}; the cache has {heads} heads of {dim}, "
-            f"{k.dtype} on {k.device}, and q needs a multiple of its heads and the rest alike"
+            f"q has {q.shape[-2]} heads of {q.shape[-1]}, {q.dtype} on {q.device}; the cache has {heads} heads of "
+            f"{dim}, {k.dtype} on {k.device}, and q needs a multiple of its heads and the rest alike"
         )
     if k.dim() == 3:
         k, v = k.unsqueeze(0), v.unsqueeze(0)
@@ -199,5 +202,7 @@ def _check_tensor(name: str, q: torch.Tensor, dims: tuple[int, ...], rows: int |
     if q.dim() in dims and q.shape[0] == (rows or q.shape[0]) and q.shape[0] > 0:
         return
     wanted = {3: "(n, q_heads, head_dim)", 4: "(n, tokens, q_heads, head_dim)"}
-    shape = "(tokens, q_heads, head_dim)" if rows is None else " or ".join(wanted[d] for d in dims) + f" with n = {rows}"
+    shape = " or ".join(wanted[count] for count in dims) + f" with n = {rows}"
+    if rows is None:
+        shape = "(tokens, q_heads, head_dim)"
     raise ValueError(f"{name} has shape {tuple(q.shape)}; it must be {shape}")

@@ -71,6 +71,8 @@ class GrowableTensor:
             raise ValueError(f"rows has shape {tuple(rows.shape)}; it must be (n, {', '.join(map(str, self._row_shape))})")
         if str(rows.dtype) != f"torch.{self._dtype_name}":
             raise ValueError(f"rows has dtype {rows.dtype}; the tensor holds torch.{self._dtype_name}: convert it first")
+        if "strided" not in str(rows.layout) or (rows.is_meta and self._device_name != "meta"):
+            raise ValueError(f"rows is {rows.layout} on {rows.device}: only dense tensors with data can be appended")
         old = self._native.rows()
         new = old + rows.shape[0]
         if new > self._max_rows:

@@ -260,6 +260,8 @@ class KVCache:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; (slots, num_kv_heads, dim) is {shape}")
         if value.dtype != target.dtype:
             raise ValueError(f"{name} has dtype {value.dtype}; the cache holds {target.dtype}: convert it first")
+        if "strided" not in str(value.layout):
+            raise ValueError(f"{name} is {value.layout}; only dense tensors can be written: call to_dense() first")
         if value.device != target.device:
             raise ValueError(f"{name} is on {value.device}; the cache is on {target.device}: move it first")
 

@@ -32,7 +32,7 @@ _ACCEPTED = "a positive whole number of bytes, or text such as '65536', '64KiB',
 _MAX_DIGITS = 40
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """``repr`` of a value, short enough for a message (and safe: ``repr`` of a huge int raises)."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
@@ -53,34 +53,34 @@ def parse_size(value: int | str, name: str) -> int:
     """
     size = _parse_text(value, name) if isinstance(value, str) else _parse_integer(value, name)
     if size <= 0:
-        raise ValueError(f"{name}={_shown(value)}: a size must be at least 1 byte; give {_ACCEPTED}")
+        raise ValueError(f"{name}={shown(value)}: a size must be at least 1 byte; give {_ACCEPTED}")
     if size > MAX_SIZE:
-        raise OverflowError(f"{name}={_shown(value)}: larger than 2**63 - 1 bytes; give {_ACCEPTED}")
+        raise OverflowError(f"{name}={shown(value)}: larger than 2**63 - 1 bytes; give {_ACCEPTED}")
     return size
 
 
 def _parse_integer(value: object, name: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}; give {_ACCEPTED}")
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; give {_ACCEPTED}")
     try:
         return operator.index(value)
     except Exception as error:
-        raise TypeError(f"{name}={_shown(value)} cannot be used as an integer ({error}); give {_ACCEPTED}") from error
+        raise TypeError(f"{name}={shown(value)} cannot be used as an integer ({error}); give {_ACCEPTED}") from error
 
 
 def _parse_text(value: str, name: str) -> int:
     match = _FORM.fullmatch(value)
     unit = _UNITS.get(match[3].lower()) if match else None
     if match is None or unit is None:
-        raise ValueError(f"{name}={_shown(value)} is not a size; give {_ACCEPTED}")
+        raise ValueError(f"{name}={shown(value)} is not a size; give {_ACCEPTED}")
     whole, fraction = match[1].lstrip("0"), (match[2] or "").rstrip("0")
     if len(whole) > _MAX_DIGITS:
-        raise OverflowError(f"{name}={_shown(value)}: larger than 2**63 - 1 bytes; give {_ACCEPTED}")
+        raise OverflowError(f"{name}={shown(value)}: larger than 2**63 - 1 bytes; give {_ACCEPTED}")
     # Integer arithmetic, not float: 0.1TB is exactly 100,000,000,000 bytes.
     power: int = 10 ** min(len(fraction), _MAX_DIGITS)
     scaled, rest = divmod(int(fraction[:_MAX_DIGITS] or "0") * unit, power)
     if rest or len(fraction) > _MAX_DIGITS:
-        raise ValueError(f"{name}={_shown(value)} is not a whole number of bytes; give {_ACCEPTED}")
+        raise ValueError(f"{name}={shown(value)} is not a whole number of bytes; give {_ACCEPTED}")
     return int(whole or "0") * unit + scaled
 
 

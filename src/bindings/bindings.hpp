@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 
 #include <cstdint>
 #include <optional>
@@ -32,9 +33,6 @@ template <std::size_t Rank>
 [[nodiscard]] nb::object to_torch(const vattn::TensorView<Rank>& view) {
   return to_torch(view.address, view.shape, view.strides, view.dtype, view.device, view.device_index, view.owner);
 }
-
-/// An int, or anything with __index__ but bool. TypeError and OverflowError name the parameter.
-[[nodiscard]] std::int64_t to_int64(nb::handle value, const char* parameter);
 
 /// Lengths as Python users give them. `kind` says which of the two is filled, or that the object needs help from Python.
 struct Lengths {

@@ -32,8 +32,10 @@ bool step(KVCache& cache, nb::handle value) {
   if (lengths.kind == Lengths::Kind::kSequence) {
     // The common step grows nothing and finds the lock free: done before the GIL could be released and taken again.
     if (cache.try_step(lengths.sequence)) return true;
+    // A copy, since the array is the caller's to write once the GIL is gone.
+    const std::vector<std::int64_t> copy(lengths.sequence.begin(), lengths.sequence.end());
     const nb::gil_scoped_release release;
-    cache.step(lengths.sequence);
+    cache.step(std::span<const std::int64_t>(copy));
     return true;
   }
   const nb::gil_scoped_release release;
@@ -46,8 +48,9 @@ nb::object fits(const KVCache& cache, nb::handle value) {
   if (lengths.kind == Lengths::Kind::kUnknown) return nb::none();
   bool result = false;
   {
+    const std::vector<std::int64_t> copy(lengths.sequence.begin(), lengths.sequence.end());
     const nb::gil_scoped_release release;
-    result = lengths.kind == Lengths::Kind::kSequence ? cache.fits(lengths.sequence)
+    result = lengths.kind == Lengths::Kind::kSequence ? cache.fits(std::span<const std::int64_t>(copy))
                                                       : cache.fits(std::span<const vattn::SlotLength>(lengths.named));
   }
   return nb::bool_(result);
@@ -123,8 +126,8 @@ void bind_kv_cache(nb::module_& module) {
       .def("free", &KVCache::free, Release())
       .def("slots", &KVCache::slots, Release())
       .def("active_slots", &KVCache::active_slots, Release())
-      .def("step", &step)
-      .def("fits", &fits)
+      .def("step", &step, nb::arg("lengths").none())
+      .def("fits", &fits, nb::arg("lengths").none())
       .def("truncate", &KVCache::truncate, Release())
       .def("seq_len", &KVCache::seq_len, Release())
       .def("committed_len", &KVCache::committed_len, Release())

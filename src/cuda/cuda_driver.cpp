@@ -176,12 +176,12 @@ void CudaDriver::release(PageHandle page) {
 void CudaDriver::map(Address at, std::size_t size, PageHandle page) {
   check_process();
   const std::lock_guard lock(mutex_);
-  static_cast<void>(table_.check_map(at, size, page));
+  const MappingTable::Place place = table_.check_map(at, size, page);
   const CurrentContext current(cuda(), context_);
   // Noted first, because noting may fail for want of memory and unnoting may not.
   const auto closed = closed_.insert(at).first;
   try {
-    table_.note_map(at, size, page);
+    table_.note_map(place, at, size, page);
   } catch (...) {
     closed_.erase(closed);
     throw;

@@ -31,9 +31,9 @@ struct CudaDeviceInfo {
 
 /// What there is of CUDA on this machine.
 struct CudaInfo {
-  std::string library;      ///< what was opened, or would have been
-  std::string reason;       ///< why CUDA cannot be used; empty where it can
-  int driver_version = 0;   ///< 1000 * major + 10 * minor; 0 where there is none
+  std::string library;     ///< what was opened, or would have been
+  std::string reason;      ///< why CUDA cannot be used; empty where it can
+  int driver_version = 0;  ///< 1000 * major + 10 * minor; 0 where there is none
   std::vector<CudaDeviceInfo> devices;
 };
 

@@ -12,7 +12,7 @@
 
 namespace vattn::cuda {
 
-// ---- handles -------------------------------------------------------------------------------------------------------------
+// ---- handles ------------------------------------------------------------------------------------------------------------
 
 using CUdevice = int;                    // an ordinal, in practice; cuDeviceGet makes it from one all the same
 using CUdeviceptr = unsigned long long;  // a virtual address of the device
@@ -20,7 +20,7 @@ using CUmemGenericAllocationHandle = unsigned long long;
 using CUcontext = struct CUctx_st*;
 using CUstream = struct CUstream_st*;
 
-// ---- results -------------------------------------------------------------------------------------------------------------
+// ---- results ------------------------------------------------------------------------------------------------------------
 
 /// What every entry point returns. The list is not complete and need not be: a code's name and text come from the driver.
 enum CUresult : int {
@@ -41,7 +41,7 @@ enum CUresult : int {
   CUDA_ERROR_UNKNOWN = 999,
 };
 
-// ---- devices and streams -------------------------------------------------------------------------------------------------
+// ---- devices and streams ------------------------------------------------------------------------------------------------
 
 enum CUdevice_attribute : unsigned {
   CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102,
@@ -50,7 +50,7 @@ enum CUdevice_attribute : unsigned {
 /// A stream that neither waits for the NULL stream nor makes it wait.
 constexpr unsigned CU_STREAM_NON_BLOCKING = 0x1;
 
-// ---- finding entry points ------------------------------------------------------------------------------------------------
+// ---- finding entry points -----------------------------------------------------------------------------------------------
 
 using cuuint64_t = std::uint64_t;
 
@@ -63,7 +63,7 @@ enum CUdriverProcAddressQueryResult : unsigned {
   CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT = 2,
 };
 
-// ---- virtual memory management -------------------------------------------------------------------------------------------
+// ---- virtual memory management ------------------------------------------------------------------------------------------
 
 enum CUmemAllocationType : unsigned {
   CU_MEM_ALLOCATION_TYPE_INVALID = 0x0,

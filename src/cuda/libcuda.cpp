@@ -66,9 +66,9 @@ Libcuda::Libcuda(std::string library) : library_(std::move(library)) {
   void* handle = ::dlopen(library_.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
     const char* reason = ::dlerror();
-    throw DriverError("dlopen", kNoCode, kNotLoaded,
-                      "CUDA cannot be used, " + (reason != nullptr ? std::string(reason) : library_ + " did not load") + "; " +
-                          kWayOut);
+    throw DriverError(
+        "dlopen", kNoCode, kNotLoaded,
+        "CUDA cannot be used, " + (reason != nullptr ? std::string(reason) : library_ + " did not load") + "; " + kWayOut);
   }
   find_entries(handle);
   if (auto* asks = reinterpret_cast<TensorDeviceFunction>(::dlsym(handle, "vattn_fake_tensor_device")); asks != nullptr) {
@@ -84,9 +84,10 @@ void Libcuda::find_entries(void* handle) {
     void* entry = finder.find(name, version, result);
     if (entry == nullptr && presence == Presence::required) {
       const std::string release = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-      throw DriverError("cuGetProcAddress", result != CUDA_SUCCESS ? result : CUDA_ERROR_NOT_FOUND,
-                        result != CUDA_SUCCESS ? name_of(result) : "CUDA_ERROR_NOT_FOUND",
-                        library_ + " has no " + name + " as of CUDA " + release + ": install a newer driver, or use device=\"cpu\"");
+      throw DriverError(
+          "cuGetProcAddress", result != CUDA_SUCCESS ? result : CUDA_ERROR_NOT_FOUND,
+          result != CUDA_SUCCESS ? name_of(result) : "CUDA_ERROR_NOT_FOUND",
+          library_ + " has no " + name + " as of CUDA " + release + ": install a newer driver, or use device=\"cpu\"");
     }
     return entry;
   };

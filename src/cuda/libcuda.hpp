@@ -38,8 +38,8 @@ class Libcuda {
   [[nodiscard]] std::string name_of(CUresult result) const;
   [[nodiscard]] std::string text_of(CUresult result) const;
 
-  /// Where tensors over this library's memory live. NVIDIA's library has no say in it: CUDA. The fake library of the tests hands
-  /// out host memory and says so through a symbol of its own.
+  /// Where tensors over this library's memory live. NVIDIA's library has no say in it: CUDA. The fake library of the tests
+  /// hands out host memory and says so through a symbol of its own.
   [[nodiscard]] TensorDevice tensor_device() const noexcept { return tensor_device_; }
 
   /// What was opened.

@@ -39,14 +39,17 @@ const MappingTable::Range* MappingTable::find(Address at) const noexcept {
   return at - it->first < it->second.size ? &it->second : nullptr;
 }
 
-MappingTable::Range& MappingTable::range_of(Address at) {
-  auto it = ranges_.upper_bound(at);
-  --it;
-  return it->second;
+MappingTable::Range* MappingTable::find(Address at) noexcept {
+  return const_cast<Range*>(static_cast<const MappingTable*>(this)->find(at));  // NOLINT(cppcoreguidelines-pro-type-const-cast)
+}
+
+const MappingTable::Page* MappingTable::page(PageHandle page) const noexcept {
+  const auto it = pages_.find(page);
+  return it != pages_.end() ? &it->second : nullptr;
 }
 
 void MappingTable::note_reserve(Address base, std::size_t size, UnmappedReads reads, std::uint64_t window) {
-  ranges_.emplace(base, Range{base, size, reads, window, {}});
+  ranges_.emplace(base, Range{base, size, reads, window, 0, {}});
 }
 
 void MappingTable::check_release_range(Address base, std::size_t size) const {
@@ -73,15 +76,15 @@ bool MappingTable::note_release(PageHandle page) {
   const auto it = pages_.find(page);
   it->second.referenced = false;
   if (it->second.mappings != 0) return false;
-  forget(page);
+  pages_.erase(it);
   return true;
 }
 
-const MappingTable::Range& MappingTable::check_map(Address at, std::size_t size, PageHandle page) const {
+MappingTable::Place MappingTable::check_map(Address at, std::size_t size, PageHandle page) {
   const auto found = pages_.find(page);
   if (found == pages_.end() || !found->second.referenced) refuse("map", "page ", page, " does not exist, or was released");
   if (found->second.size != size) refuse("map", "size ", size, " is not the page's ", found->second.size, ": whole pages only");
-  const Range* range = find(at);
+  Range* range = find(at);
   if (range == nullptr) refuse("map", "address ", hex(at), " is in no reservation");
   if ((at - range->base) % granularity_ != 0) refuse("map", "address ", hex(at), " is not on the granularity, ", granularity_);
   if (leaves(*range, at, size)) refuse("map", hex(at), " + ", size, " leaves its reservation");
@@ -93,13 +96,12 @@ const MappingTable::Range& MappingTable::check_map(Address at, std::size_t size,
     over_previous = at - previous->first < previous->second.size;
   }
   if (over_next || over_previous) refuse("map", "address ", hex(at), " is mapped already");
-  return *range;
+  return {range, next, &found->second};
 }
 
-void MappingTable::note_map(Address at, std::size_t size, PageHandle page) {
-  auto& mapped = range_of(at).mapped;
-  mapped.emplace_hint(mapped.end(), at, Mapping{size, page});
-  ++pages_.find(page)->second.mappings;
+void MappingTable::note_map(const Place& place, Address at, std::size_t size, PageHandle page) {
+  place.range->mapped.emplace_hint(place.next, at, Mapping{size, page});
+  ++place.page->mappings;
 }
 
 void MappingTable::check_mapped(const char* verb, Address at, std::size_t size) const {

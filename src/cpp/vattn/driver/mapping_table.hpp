@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <map>
+#include <unordered_map>
 
 #include "vattn/driver/driver.hpp"
 
@@ -24,6 +25,7 @@ class MappingTable {
     std::size_t size;
     UnmappedReads reads;
     std::uint64_t window;               ///< the driver's own: where in its memory file this range has its place
+    std::size_t place_size;             ///< the driver's own: size of the pages that have a place there; 0: none yet
     std::map<Address, Mapping> mapped;  ///< by first address; never overlapping
   };
   struct Page {
@@ -44,9 +46,14 @@ class MappingTable {
   /// True when the page's memory goes with this: nothing maps it.
   bool note_release(PageHandle page);
 
-  /// The range that will hold the mapping.
-  [[nodiscard]] const Range& check_map(Address at, std::size_t size, PageHandle page) const;
-  void note_map(Address at, std::size_t size, PageHandle page);
+  /// Where a mapping will go, so that noting it looks nothing up again. Good until the table changes.
+  struct Place {
+    Range* range;
+    std::map<Address, Mapping>::const_iterator next;
+    Page* page;
+  };
+  [[nodiscard]] Place check_map(Address at, std::size_t size, PageHandle page);
+  void note_map(const Place& place, Address at, std::size_t size, PageHandle page);
 
   [[nodiscard]] const Range& check_unmap(Address at, std::size_t size) const;
   /// Calls `gone(page, size)` for each page whose last mapping this was and whose handle was released before.
@@ -58,21 +65,19 @@ class MappingTable {
 
   /// The range around `at`, or nullptr.
   [[nodiscard]] const Range* find(Address at) const noexcept;
-  /// Pages that exist with a handle at or after `page`, for a driver whose handles are ordered.
-  [[nodiscard]] const std::map<PageHandle, Page>& pages() const noexcept { return pages_; }
+  [[nodiscard]] Range* find(Address at) noexcept;
+  /// The page, or nullptr.
+  [[nodiscard]] const Page* page(PageHandle page) const noexcept;
 
  private:
-  Range& range_of(Address at);
-  void forget(PageHandle page) { pages_.erase(page); }
-
   std::size_t granularity_;
   std::map<Address, Range> ranges_;
-  std::map<PageHandle, Page> pages_;
+  std::unordered_map<PageHandle, Page> pages_;
 };
 
 template <typename Gone>
 void MappingTable::note_unmap(Address at, std::size_t size, Gone&& gone) {
-  auto& mapped = range_of(at).mapped;
+  auto& mapped = find(at)->mapped;
   const auto first = mapped.lower_bound(at);
   const auto last = mapped.lower_bound(at + size);
   for (auto it = first; it != last; ++it) {

@@ -46,6 +46,13 @@ Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : conf
   choose_layout(driver);
   k_ = tensor(config.head_dim);
   v_ = tensor(config.v_head_dim.value_or(config.head_dim));
+  // Every row costs the process some bytes of its own, memory behind it or not.
+  const std::int64_t rows = (k_.rows + v_.rows) * groups();
+  if (rows > kMaxRows) {
+    throw std::invalid_argument("num_layers=" + text(config.num_layers) + " and max_batch_size=" + text(config.max_batch_size) +
+                                " make " + text(rows) + " rows, more than the " + text(kMaxRows) +
+                                " that are possible: lower max_batch_size, or raise layers_per_tensor");
+  }
   const char* const total = "num_layers x max_batch_size x num_kv_heads x head_dim x max_seq_len";
   const std::int64_t pair = checked_add(checked_mul(k_.rows, k_.row_bytes, total), checked_mul(v_.rows, v_.row_bytes, total), total);
   const std::int64_t all = checked_mul(pair, groups(), total);

@@ -6,6 +6,15 @@
 #include "vattn/kv/kv_cache.hpp"
 
 namespace vattn {
+namespace {
+
+// Every mapped page costs the process some 200 bytes of its own. Only accounting can come near this many.
+constexpr std::uint64_t kMostPages = std::uint64_t{1} << 24;
+
+// From here on asking what is free costs little beside the growth, and spares a long growth that could only be undone again.
+constexpr std::uint64_t kAskFirstBytes = std::uint64_t{64} << 20;
+
+}  // namespace
 
 void KVCache::check_length(std::int64_t slot, std::int64_t tokens) const {
   const std::int64_t most = geometry_.config().max_seq_len;
@@ -77,6 +86,7 @@ bool KVCache::fits(std::span<const SlotLength> lengths) const {
 
 bool KVCache::has_room_for(std::uint64_t missing) const {
   if (missing == 0) return true;
+  if (missing + pool_->usage().mapped_pages > kMostPages) return false;
   if (missing > pool_->available_pages() + surplus_pages()) return false;
   const std::uint64_t pooled = pool_->usage().pooled_pages;
   const std::uint64_t to_create = missing > pooled ? missing - pooled : 0;
@@ -140,6 +150,18 @@ void KVCache::grow(std::span<const SlotLength> lengths) {
     missing = missing_pages(lengths);
   }
   if (missing > pool_->available_pages()) refuse_growth(missing);
+  if (missing + pool_->usage().mapped_pages > kMostPages) {
+    throw OutOfMemoryError("step: " + std::to_string(missing) + " pages more are needed, and " + std::to_string(kMostPages) +
+                               " are the most a cache can count. Nothing changed: use a larger page_size",
+                           missing * pool_->page_size(), kMostPages * pool_->page_size(), pool_->usage().limit_bytes);
+  }
+  if (missing * pool_->page_size() >= kAskFirstBytes && !has_room_for(missing)) {
+    const std::uint64_t available = driver_->memory_info().available_bytes;
+    throw OutOfMemoryError("step: " + std::to_string(missing * pool_->page_size()) + " bytes more are needed, and the " +
+                               driver_->traits().name + " driver has " + std::to_string(available) +
+                               " left. Nothing changed: free or truncate slots, or free memory elsewhere",
+                           missing * pool_->page_size(), available, pool_->usage().limit_bytes);
+  }
 
   Transaction growth(*pool_, zero_fill());
   for (const auto& [slot, tokens] : lengths) {

@@ -38,7 +38,16 @@ Page PagePool::take(Address near) {
       pooled_.erase(found);
       return {*this, page, Page::Origin::kReused};
     }
-    const PageHandle page = driver_->create(page_size_, near);
+    PageHandle page = 0;
+    try {
+      page = driver_->create(page_size_, near);
+    } catch (const OutOfMemoryError&) {
+      // No room for one page more, even for a moment: a page that merges less works as well.
+      const auto last = std::prev(pooled_.end());
+      Page old(*this, *last, Page::Origin::kReused);
+      pooled_.erase(last);
+      return old;
+    }
     ++created_;
     Page made(*this, page, Page::Origin::kExchanged);
     try {

@@ -11,6 +11,7 @@ bool Row::shrink(PagePool& pool, std::size_t pages, PagePool::Losses* losses) no
     pool.driver().unmap(base_ + pages * pool.page_size(), gone * pool.page_size());
   } catch (const std::exception& error) {
     if (losses != nullptr) losses->note(losses->mappings, error);
+    accessible_ = std::min(accessible_, pages);  // so that the next growth zeroes them, where pages are zeroed
     return false;
   }
   // Noted first: between the two the books hold more pooled pages than exist in rows, never a page twice.

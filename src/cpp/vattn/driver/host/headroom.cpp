@@ -1,9 +1,12 @@
 #include "vattn/driver/host/headroom.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <fstream>
 #include <limits>
 #include <optional>
+
+#include "vattn/driver/host/system_error.hpp"
 
 namespace vattn::host {
 namespace {
@@ -68,7 +71,11 @@ void Headroom::find_cgroups() {
 MemoryInfo Headroom::read() {
   const std::string meminfo = root_ + "/proc/meminfo";
   const std::uint64_t total = read_field(meminfo, "MemTotal:").value_or(0) << 10;
-  std::uint64_t available = read_field(meminfo, "MemAvailable:").value_or(0) << 10;
+  const std::optional<std::uint64_t> free_now = read_field(meminfo, "MemAvailable:");
+  if (!free_now) {
+    throw system_error("open", errno, meminfo + " says how much memory is left: where no file descriptor is, close files or raise RLIMIT_NOFILE");
+  }
+  std::uint64_t available = *free_now << 10;
   available -= std::min(available, reserve_of(total));
   std::uint64_t bound = total;
   tightest_ = "MemAvailable";

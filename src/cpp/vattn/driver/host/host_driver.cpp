@@ -6,7 +6,9 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <mutex>
+#include <optional>
 
 #include "vattn/driver/host/headroom.hpp"
 #include "vattn/driver/host/mapping_wall.hpp"
@@ -81,9 +83,13 @@ class HostDriver final : public Driver {
     const std::lock_guard lock(mutex_);
     table_.check_mapped(verb, at, size);
   }
-  bool is_free(std::uint64_t offset, std::size_t size) const;
+  std::optional<std::uint64_t> place_of(const MappingTable::Range* range, Address at, std::size_t size) const;
   std::uint64_t find_unplaced(std::size_t size) const;
-  std::int64_t extents_around(const MappingTable::Range& range, Address at, std::size_t size) const;
+  void forget(std::uint64_t offset) noexcept {
+    if (offset < kFirstWindow) unplaced_.erase(offset);
+  }
+  using Mappings = std::map<Address, MappingTable::Mapping>;
+  std::int64_t extents_around(const MappingTable::Range& range, Mappings::const_iterator first, Address at, std::size_t size) const;
 
   Generation generation_;
   std::size_t granularity_;
@@ -94,6 +100,7 @@ class HostDriver final : public Driver {
   host::Headroom headroom_;
   host::MappingWall wall_;
   std::uint64_t next_window_ = kFirstWindow;
+  std::map<std::uint64_t, std::size_t> unplaced_;  ///< pages in the compact region, by offset
   std::int64_t extents_ = 0;  ///< kernel mappings that this driver's reservations are made of
 };
 
@@ -149,26 +156,29 @@ void HostDriver::release_range(Address base, std::size_t size) {
   --extents_;
 }
 
-bool HostDriver::is_free(std::uint64_t offset, std::size_t size) const {
-  const auto& pages = table_.pages();
-  const auto next = pages.lower_bound(handle_at(offset));
-  if (next != pages.end() && offset_of(next->first) - offset < size) return false;
-  if (next == pages.begin()) return true;
-  const auto previous = std::prev(next);
-  return offset_of(previous->first) + previous->second.size <= offset;
-}
-
 std::uint64_t HostDriver::find_unplaced(std::size_t size) const {
   // First fit keeps the region compact, which is what a finite RLIMIT_FSIZE needs. Rare: pages nearly always have a place.
   std::uint64_t offset = 0;
-  for (const auto& [page, info] : table_.pages()) {
-    if (offset_of(page) >= kFirstWindow || offset_of(page) - offset >= size) break;
-    offset = offset_of(page) + info.size;
+  for (const auto& [start, bytes] : unplaced_) {
+    if (start - offset >= size) break;
+    offset = start + bytes;
   }
   return offset;
 }
 
+/// The place of a page of `size` bytes at `at`, if it has one. A window holds pages of one size on multiples of it, so that whether
+/// a place is taken is one look-up.
+std::optional<std::uint64_t> HostDriver::place_of(const MappingTable::Range* range, Address at, std::size_t size) const {
+  if (range == nullptr) return std::nullopt;
+  const std::uint64_t in_range = at - range->base;
+  if (in_range % size != 0 || size > range->size - in_range) return std::nullopt;
+  if (range->place_size != 0 && range->place_size != size) return std::nullopt;
+  const std::uint64_t offset = range->window + in_range;
+  return table_.page(handle_at(offset)) == nullptr ? std::optional(offset) : std::nullopt;
+}
+
 PageHandle HostDriver::home(Address at) const noexcept {
+  if (!generation_.is_current()) return 0;
   const std::lock_guard lock(mutex_);
   const MappingTable::Range* range = table_.find(at);
   return range != nullptr ? handle_at(range->window + (at - range->base)) : 0;
@@ -178,22 +188,21 @@ PageHandle HostDriver::create(std::size_t size, Address near) {
   generation_.check("this host driver");
   const std::lock_guard lock(mutex_);
   table_.check_size("create", size);
-  const MappingTable::Range* range = near != 0 ? table_.find(near) : nullptr;
-  std::uint64_t offset = 0;
-  bool placed = range != nullptr && (near - range->base) % granularity_ == 0 && size <= range->size - (near - range->base);
-  if (placed) {
-    offset = range->window + (near - range->base);
-    placed = is_free(offset, size) && offset + size <= host::MemoryFile::size_limit();
-  }
-  if (!placed) offset = find_unplaced(size);
+  MappingTable::Range* range = near != 0 ? table_.find(near) : nullptr;
+  const auto place = place_of(range, near, size);
+  const bool placed = place && file_.may_grow_to(*place + size);
+  const std::uint64_t offset = placed ? *place : find_unplaced(size);
   headroom_.take(size);
   table_.note_create(handle_at(offset), size);
   try {
+    if (!placed) unplaced_.emplace(offset, size);
     file_.allocate(offset, size);
   } catch (...) {
+    forget(offset);
     table_.note_release(handle_at(offset));
     throw;
   }
+  if (placed) range->place_size = size;
   return handle_at(offset);
 }
 
@@ -201,22 +210,26 @@ void HostDriver::release(PageHandle page) {
   generation_.check("this host driver");
   const std::lock_guard lock(mutex_);
   table_.check_release(page);
-  const MappingTable::Page info = table_.pages().find(page)->second;
-  if (info.mappings == 0) file_.punch(offset_of(page), info.size);
+  const MappingTable::Page info = *table_.page(page);
+  if (info.mappings == 0) {
+    file_.punch(offset_of(page), info.size);
+    forget(offset_of(page));
+  }
   table_.note_release(page);
 }
 
 // The kernel's mappings between the neighbours of [at, at + size): what merges counts once. Merging with what lies outside the
 // reservation is left out, so the count errs on the high side.
-std::int64_t HostDriver::extents_around(const MappingTable::Range& range, Address at, std::size_t size) const {
+std::int64_t HostDriver::extents_around(const MappingTable::Range& range, Mappings::const_iterator first, Address at,
+                                        std::size_t size) const {
   const auto& mapped = range.mapped;
-  auto it = mapped.lower_bound(at);
+  auto it = first;  // the first mapping at or after `at`
   if (it != mapped.begin()) --it;
   const bool has_left = it != mapped.end() && it->first < at;
   Address reached = has_left ? it->first : range.base;
   std::uint64_t file_end = kLastOffset;  // where the next page's offset would have to be to merge
   std::int64_t extents = 0;
-  Address end = at + size;
+  const Address end = at + size;
   for (; it != mapped.end() && reached <= end; ++it) {
     if (it->first > reached) {
       ++extents;  // a gap
@@ -234,10 +247,10 @@ std::int64_t HostDriver::extents_around(const MappingTable::Range& range, Addres
 void HostDriver::map(Address at, std::size_t size, PageHandle page) {
   generation_.check("this host driver");
   const std::lock_guard lock(mutex_);
-  const MappingTable::Range& range = table_.check_map(at, size, page);
+  const MappingTable::Place place = table_.check_map(at, size, page);
   wall_.check(extents_, 3);
-  const std::int64_t before = extents_around(range, at, size);
-  table_.note_map(at, size, page);
+  const std::int64_t before = extents_around(*place.range, place.next, at, size);
+  table_.note_map(place, at, size, page);
   void* got = ::mmap(pointer(at), size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file_.descriptor(),
                      static_cast<off_t>(offset_of(page)));
   if (got == MAP_FAILED) {
@@ -245,7 +258,7 @@ void HostDriver::map(Address at, std::size_t size, PageHandle page) {
     table_.note_unmap(at, size, [](PageHandle, std::size_t) {});
     throw host::system_error("mmap", code, "map " + std::to_string(size) + " bytes");
   }
-  extents_ += extents_around(range, at, size) - before;
+  extents_ += extents_around(*place.range, std::prev(place.next), at, size) - before;
 }
 
 void HostDriver::set_access(Address at, std::size_t size) {
@@ -262,7 +275,7 @@ void HostDriver::unmap(Address at, std::size_t size) {
   generation_.check("this host driver");
   const std::lock_guard lock(mutex_);
   const MappingTable::Range& range = table_.check_unmap(at, size);
-  const std::int64_t before = extents_around(range, at, size);
+  const std::int64_t before = extents_around(range, range.mapped.find(at), at, size);
   // One call for the whole run, mapped over rather than taken away: at the wall this works where munmap does not.
   if (::mmap(pointer(at), size, protection(range.reads), kReservedFlags | MAP_FIXED, -1, 0) == MAP_FAILED) {
     throw host::system_error("mmap", errno, "put the reservation back over " + std::to_string(size) + " bytes");
@@ -271,12 +284,13 @@ void HostDriver::unmap(Address at, std::size_t size) {
   static_cast<void>(::madvise(pointer(at), size, MADV_DONTFORK));
   table_.note_unmap(at, size, [this](PageHandle page, std::size_t bytes) {
     try {
+      forget(offset_of(page));
       file_.punch(offset_of(page), bytes);
     } catch (const DriverError&) {  // NOLINT(bugprone-empty-catch)
       // The bytes go when the file is closed; the mapping is gone, which is what was asked for.
     }
   });
-  extents_ += extents_around(range, at, size) - before;
+  extents_ += extents_around(range, range.mapped.lower_bound(at), at, size) - before;
 }
 
 }  // namespace

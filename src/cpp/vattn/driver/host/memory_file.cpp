@@ -29,11 +29,14 @@ MemoryFile::MemoryFile() : descriptor_(::memfd_create("vattn", MFD_CLOEXEC)) {
 }
 
 MemoryFile::~MemoryFile() {
+  if (!generation_.is_current()) return;  // closed at fork(); the number may be another file's by now
   forget_on_fork(descriptor_);
   ::close(descriptor_);
 }
 
-std::uint64_t MemoryFile::size_limit() noexcept {
+namespace {
+
+std::uint64_t size_limit() noexcept {
   rlimit limit{};
   if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) {
     return static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
@@ -41,9 +44,15 @@ std::uint64_t MemoryFile::size_limit() noexcept {
   return limit.rlim_cur;
 }
 
+}  // namespace
+
+bool MemoryFile::may_grow_to(std::uint64_t end) const noexcept {
+  return end <= end_.load(std::memory_order_relaxed) || end <= size_limit();
+}
+
 void MemoryFile::allocate(std::uint64_t offset, std::size_t size) const {
-  const std::uint64_t limit = size_limit();
-  if (offset + size > limit) {
+  if (!may_grow_to(offset + size)) {
+    const std::uint64_t limit = size_limit();
     throw OutOfMemoryError("create: RLIMIT_FSIZE (" + std::to_string(limit) +
                                " bytes) also bounds memory files, and this page would cross it: raise it (ulimit -f)",
                            size, offset < limit ? limit - offset : 0, limit);
@@ -56,6 +65,9 @@ void MemoryFile::allocate(std::uint64_t offset, std::size_t size) const {
     throw OutOfMemoryError("create: fallocate of " + std::to_string(size) + " bytes: the system has no memory left", size, 0, 0);
   }
   if (code != 0) throw system_error("fallocate", code, std::to_string(size) + " bytes");
+  std::uint64_t end = end_.load(std::memory_order_relaxed);
+  while (end < offset + size && !end_.compare_exchange_weak(end, offset + size, std::memory_order_relaxed)) {
+  }
 }
 
 void MemoryFile::punch(std::uint64_t offset, std::size_t size) const {

@@ -6,8 +6,11 @@
 // Thread: any; the calls are system calls on one descriptor.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+
+#include "vattn/fork.hpp"
 
 namespace vattn::host {
 
@@ -28,11 +31,13 @@ class MemoryFile {
   /// Gives memory back.
   void punch(std::uint64_t offset, std::size_t size) const;
 
-  /// First offset past what RLIMIT_FSIZE lets this process write: crossing it would raise SIGXFSZ, which kills by default.
-  [[nodiscard]] static std::uint64_t size_limit() noexcept;
+  /// Whether RLIMIT_FSIZE lets the file reach `end`: crossing it would raise SIGXFSZ, which kills by default.
+  [[nodiscard]] bool may_grow_to(std::uint64_t end) const noexcept;
 
  private:
+  Generation generation_;
   int descriptor_;
+  mutable std::atomic<std::uint64_t> end_{0};  ///< the file's size so far; below it the limit does not apply
 };
 
 }  // namespace vattn::host

@@ -67,8 +67,7 @@ class NullDriver final : public Driver {
 
   void map(Address at, std::size_t size, PageHandle page) override {
     const std::lock_guard lock(mutex_);
-    static_cast<void>(table_.check_map(at, size, page));
-    table_.note_map(at, size, page);
+    table_.note_map(table_.check_map(at, size, page), at, size, page);
   }
 
   void unmap(Address at, std::size_t size) override {

@@ -1,0 +1,34 @@
+// What does a step cost that grows nothing? 256 active slots, one length each.
+//
+//   bench_step            medians of many rounds, as JSON
+//   bench_step --count    1,000 steps and no clock, for valgrind --tool=callgrind --toggle-collect='*try_step*'
+#include <cstdio>
+#include <cstring>
+
+#include "timing.hpp"
+#include "vattn/vattn.hpp"
+
+int main(int argc, char** argv) {
+  constexpr std::int64_t kSlots = 256;
+  constexpr int kSteps = 1000;
+  constexpr int kRounds = 201;
+  vattn::CacheConfig config{.num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = kSlots, .max_seq_len = 8192};
+  config.dtype = vattn::DType::kBFloat16;
+  vattn::KVCache cache(config, {vattn::Device::Kind::kMeta, 0});
+  cache.alloc_block(kSlots);
+  std::vector<std::int64_t> lengths(kSlots, 700);
+  cache.step(std::span<const std::int64_t>(lengths));
+  const std::uint64_t calls = cache.stats().driver_calls;
+  const auto steps = [&] {
+    for (int i = 0; i < kSteps; ++i) cache.step(std::span<const std::int64_t>(lengths));
+  };
+  if (argc > 1 && std::strcmp(argv[1], "--count") == 0) {
+    steps();
+    return 0;
+  }
+  std::vector<double> rounds;
+  for (int round = 0; round < kRounds; ++round) rounds.push_back(bench::seconds(steps) / kSteps * 1e9);
+  std::printf("{\"bench\": \"step\", \"slots\": %ld, \"median_ns\": %.1f, \"min_ns\": %.1f, \"driver_calls\": %llu}\n", static_cast<long>(kSlots),
+              bench::median(rounds), *std::min_element(rounds.begin(), rounds.end()),
+              static_cast<unsigned long long>(cache.stats().driver_calls - calls));
+}

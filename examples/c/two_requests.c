@@ -1,0 +1,115 @@
+/* vattn from C: vattn.h alone, every status checked.
+ *
+ * Two requests grow in one cache; what is written through one view is read through another; a step beyond the budget is refused
+ * and changes nothing; a growable tensor keeps its address. Exit status 0: all as it should be. Thread: one.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <vattn.h>
+
+/* Ends the program with the message of the call that failed. */
+static void check(vattn_status status, const char* call) {
+  if (status == VATTN_OK) return;
+  fprintf(stderr, "%s: status %d: %s\n", call, (int)status, vattn_last_error());
+  exit(1);
+}
+#define CHECK(call) check(call, #call)
+
+static void expect(int holds, const char* what) {
+  if (holds) return;
+  fprintf(stderr, "not true: %s\n", what);
+  exit(1);
+}
+#define EXPECT(what) expect(what, #what)
+
+static float* at(const vattn_view* view, int64_t token, int64_t head) {
+  return (float*)view->data + token * view->strides[0] + head * view->strides[1];
+}
+
+static vattn_cache* make_cache(void) {
+  vattn_cache_config config;
+  vattn_cache* cache = NULL;
+  vattn_cache_config_init(&config);
+  config.num_layers = 2;
+  config.num_kv_heads = 2;
+  config.head_dim = 64;
+  config.max_batch_size = 4;
+  config.max_seq_len = 8192;
+  config.dtype = "float32";
+  config.device = "cpu";
+  config.memory_limit = 4 << 20;
+  CHECK(vattn_cache_create(&config, &cache));
+  return cache;
+}
+
+static void two_requests(vattn_cache* cache) {
+  int64_t slots[2], lengths[2] = {300, 40}, length = 0;
+  int64_t too_many[2] = {301, 8192};
+  const int64_t last = 39;
+  float new_token[2 * 64];
+  vattn_view k, v, again, ignored;
+  vattn_stats stats;
+  for (int i = 0; i < 128; ++i) new_token[i] = (float)i;
+  CHECK(vattn_cache_alloc(cache, &slots[0]));
+  CHECK(vattn_cache_alloc(cache, &slots[1]));
+  CHECK(vattn_cache_step_slots(cache, slots, lengths, 2));
+
+  CHECK(vattn_cache_view(cache, 1, slots[0], &k, &v));
+  EXPECT(k.ndim == 3 && k.shape[0] == 300 && k.shape[1] == 2 && k.shape[2] == 64);
+  for (int64_t token = 0; token < k.shape[0]; ++token) {
+    at(&k, token, 1)[63] = (float)token;
+    at(&v, token, 0)[0] = (float)-token;
+  }
+
+  EXPECT(vattn_cache_step_slots(cache, slots, too_many, 2) == VATTN_OUT_OF_MEMORY);
+  printf("refused, as it should be: %s\n", vattn_last_error());
+  CHECK(vattn_cache_seq_len(cache, slots[0], &length));
+  EXPECT(length == 300);
+
+  CHECK(vattn_cache_write(cache, 0, &slots[1], &last, 1, new_token, new_token));
+  CHECK(vattn_cache_view(cache, 0, slots[1], &again, &ignored));
+  EXPECT(at(&again, last, 1)[63] == new_token[127]);
+
+  lengths[0] = 600;
+  CHECK(vattn_cache_step_slots(cache, slots, lengths, 2));
+  CHECK(vattn_cache_view(cache, 1, slots[0], &again, &ignored));
+  EXPECT(again.data == k.data && again.shape[0] == 600 && at(&again, 299, 1)[63] == 299.0F);
+
+  CHECK(vattn_cache_free(cache, slots[0]));
+  CHECK(vattn_cache_alloc(cache, &slots[0]));
+  CHECK(vattn_cache_step_slots(cache, slots, lengths, 2));
+  CHECK(vattn_cache_stats(cache, &stats));
+  EXPECT(stats.pages_reused > 0);
+  EXPECT(stats.created_bytes == stats.mapped_bytes + stats.pooled_bytes + stats.retired_bytes);
+  printf("%llu KiB mapped, %llu KiB pooled, %llu pages created, %llu reused, %llu driver calls\n",
+         (unsigned long long)stats.mapped_bytes / 1024, (unsigned long long)stats.pooled_bytes / 1024,
+         (unsigned long long)stats.pages_created, (unsigned long long)stats.pages_reused,
+         (unsigned long long)stats.driver_calls);
+}
+
+static void growable_tensor(void) {
+  const int64_t row_shape[1] = {256};
+  vattn_tensor* tensor = NULL;
+  void *first = NULL, *then = NULL;
+  CHECK(vattn_tensor_create(row_shape, 1, 1 << 20, "float32", NULL, 0, 0, &tensor));
+  CHECK(vattn_tensor_resize(tensor, 10));
+  CHECK(vattn_tensor_data(tensor, &first));
+  ((float*)first)[0] = 42.0F;
+  CHECK(vattn_tensor_resize(tensor, 10000));
+  CHECK(vattn_tensor_data(tensor, &then));
+  EXPECT(then == first && ((float*)then)[0] == 42.0F);
+  vattn_tensor_destroy(tensor);
+}
+
+int main(void) {
+  vattn_cache* cache = make_cache();
+  printf("vattn %s\n", vattn_version());
+  two_requests(cache);
+  growable_tensor();
+  EXPECT(vattn_cache_free(cache, 99) == VATTN_OUT_OF_RANGE);
+  CHECK(vattn_cache_close(cache));
+  EXPECT(vattn_cache_free(cache, 0) == VATTN_CLOSED);
+  vattn_cache_destroy(cache);
+  puts("all as it should be");
+  return 0;
+}

@@ -1,0 +1,161 @@
+"""``vattn plan``: what pages cost a model's requests, and how many fit a budget.
+
+Promise: pure arithmetic (pages.py), no cache, no device, nothing installed; the same numbers a KVCache of those
+parameters counts. Thread: the main one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from vattn.sizes import format_size, parse_size
+from vattn.tools.geometry import Geometry
+from vattn.tools.options import UsageError, geometry_of
+from vattn.tools.pages import PageMath, paged_bytes
+from vattn.tools.table import print_table
+
+DEFAULT_PAGE_SIZE = 2 * 1024**2
+DEFAULT_TOKENS = (1000, 4000, 16_000)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: compute and print."""
+    plan = make_plan(
+        geometry_of(args),
+        memory=parse_size(args.memory, "memory"),
+        page_size=args.page_size or DEFAULT_PAGE_SIZE,
+        layout=args.layout or "NHD",
+        layers_per_tensor=args.layers_per_tensor,
+        max_seq_len=args.max_seq_len,
+        tokens=args.tokens,
+    )
+    if args.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        _print(plan)
+    return 0
+
+
+def make_plan(
+    geometry: Geometry,
+    *,
+    memory: int,
+    page_size: int,
+    layout: str,
+    layers_per_tensor: int,
+    max_seq_len: int,
+    tokens: list[int] | None = None,
+) -> dict[str, Any]:
+    """Everything ``plan --json`` prints."""
+    try:
+        pages = PageMath(geometry, page_size, layers_per_tensor, layout)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    lengths = tokens or [n for n in DEFAULT_TOKENS if n <= max_seq_len] or [max_seq_len]
+    if max(lengths) > max_seq_len:
+        raise UsageError(f"argument --tokens: {max(lengths)} is longer than --max-seq-len {max_seq_len}")
+    worst, mean = pages.waste_over(max_seq_len)
+    return {
+        "model": geometry.name,
+        "num_layers": geometry.num_layers,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+        "v_head_dim": geometry.value_dim,
+        "dtype": geometry.dtype,
+        "layout": layout,
+        "layers_per_tensor": layers_per_tensor,
+        "page_size": page_size,
+        "memory_bytes": memory,
+        "max_seq_len": max_seq_len,
+        "token_bytes": geometry.token_bytes,
+        "tokens_per_page": pages.tokens_per_page,
+        "page_group_bytes": pages.page_group_bytes,
+        "worst_waste_bytes": worst,
+        "mean_waste_bytes": mean,
+        "requests": [_request(pages, n, memory, max_seq_len) for n in lengths],
+        "choices": _choices(pages, max_seq_len) if layout == "NHD" else [],
+    }
+
+
+def _request(pages: PageMath, tokens: int, memory: int, max_seq_len: int) -> dict[str, Any]:
+    """One length of request, under vattn and under the two it is compared with."""
+    used = pages.used_bytes(tokens)
+
+    def arm(mapped: int) -> dict[str, Any]:
+        return {"bytes": mapped, "waste_bytes": mapped - used, "waste": 1 - used / mapped, "fit": memory // mapped}
+
+    return {
+        "tokens": tokens,
+        "used_bytes": used,
+        "vattn": arm(pages.mapped_bytes(tokens)),
+        "paged_16": arm(paged_bytes(pages.geometry, tokens)),
+        "static": arm(pages.used_bytes(max_seq_len)),
+    }
+
+
+def _choices(pages: PageMath, max_seq_len: int) -> list[dict[str, Any]]:
+    """What other numbers of layers a tensor would give: the choice that matters most."""
+    layers = pages.geometry.num_layers
+    found = []
+    for per_tensor in (n for n in range(1, layers + 1) if layers % n == 0):
+        other = PageMath(pages.geometry, pages.page_size, per_tensor, "NHD")
+        worst, mean = other.waste_over(max_seq_len)
+        found.append(
+            {
+                "layers_per_tensor": per_tensor,
+                "tokens_per_page": other.tokens_per_page,
+                "page_group_bytes": other.page_group_bytes,
+                "worst_waste_bytes": worst,
+                "mean_waste_bytes": mean,
+            }
+        )
+    return found
+
+
+def _print(plan: dict[str, Any]) -> None:
+    geometry = Geometry(
+        plan["num_layers"], plan["num_kv_heads"], plan["head_dim"], plan["v_head_dim"], plan["dtype"], plan["model"]
+    )
+    print(geometry)
+    print(
+        f"pages of {format_size(plan['page_size'])}, {plan['layout']}, "
+        f"{plan['layers_per_tensor']} of {plan['num_layers']} layers a tensor, "
+        f"up to {plan['max_seq_len']:,} tokens a request\n"
+    )
+    facts = [
+        ["bytes a token", format_size(plan["token_bytes"])],
+        [
+            "tokens a page",
+            f"{plan['tokens_per_page']:,}" if plan["tokens_per_page"] else "under 1: a token spans pages",
+        ],
+        ["page group (a slot grows by)", format_size(plan["page_group_bytes"])],
+        ["waste a request, worst", format_size(plan["worst_waste_bytes"])],
+        ["waste a request, mean over all lengths", format_size(plan["mean_waste_bytes"])],
+    ]
+    print_table("", ["", "vattn"], facts)
+    print()
+    rows = []
+    for request in plan["requests"]:
+        arms = [request[name] for name in ("vattn", "paged_16", "static")]
+        rows.append(
+            [f"{request['tokens']:,}"] + [f"{arm['fit']:,}" for arm in arms] + [f"{arm['waste']:.1%}" for arm in arms]
+        )
+    columns = ["tokens a request", "vattn", "paged, 16", "static", "vattn waste", "paged waste", "static waste"]
+    print_table(f"requests that fit {format_size(plan['memory_bytes'])}", columns, rows)
+    if len(plan["choices"]) > 1:
+        print()
+        rows = [
+            [
+                f"{choice['layers_per_tensor']}",
+                f"{choice['tokens_per_page']:,}",
+                format_size(choice["page_group_bytes"]),
+                format_size(choice["worst_waste_bytes"]),
+                format_size(choice["mean_waste_bytes"]),
+            ]
+            for choice in plan["choices"]
+        ]
+        print_table(
+            "other --layers-per-tensor", ["layers", "tokens a page", "page group", "worst waste", "mean waste"], rows
+        )

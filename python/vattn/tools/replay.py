@@ -1,0 +1,235 @@
+"""``vattn replay``: a request trace through a real KVCache, beside what paging and a static cache would have made of
+it.
+
+Promise: the three are run by the same scheduler (its rules are at the top of scheduler.py) on the same requests and the
+same budget; what is reported for vattn is what the cache itself counted. Nothing is lost: every request is finished or
+counted as refused, and a run in which that does not add up ends with an error. Runs without torch or anything else on
+``--device meta``. Thread: the main one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vattn.errors import Error
+from vattn.sizes import format_size
+from vattn.tools.geometry import Geometry
+from vattn.tools.memories import PagedMemory, StaticMemory
+from vattn.tools.options import CheckError, UsageError, geometry_of, os_error
+from vattn.tools.progress import progress
+from vattn.tools.scheduler import Figures, Memory, Workload, simulate
+from vattn.tools.table import print_table
+from vattn.tools.trace import Trace, TraceError, read_trace
+from vattn.tools.verify import VerificationError
+
+if TYPE_CHECKING:
+    import vattn
+
+#: The budget on meta, where no memory says how much there is.
+DEFAULT_META_MEMORY = 40 * 1024**3
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a replay came to."""
+
+    title: str
+    requests: int
+    seconds: float  # wall time, the reading of the trace included
+    vattn: Figures
+    paged_16: Figures
+    static: Figures
+    driver_calls: int
+    step_us_p50: float
+    step_us_p99: float
+    verified_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as ``--json`` writes them."""
+        return {
+            "requests": self.requests,
+            "finished": self.vattn.finished,
+            "refused": self.vattn.refused,
+            "seconds": self.seconds,
+            "vattn": _common(self.vattn)
+            | {
+                "reclaimable_bytes": self.vattn.reclaimable_bytes,
+                "driver_calls": self.driver_calls,
+                "step_us_p50": self.step_us_p50,
+                "step_us_p99": self.step_us_p99,
+                "verified_bytes": self.verified_bytes,
+            },
+            "paged_16": _common(self.paged_16),
+            "static": _common(self.static),
+        }
+
+    def print(self) -> None:
+        """The same as a table."""
+        arms = (self.vattn, self.paged_16, self.static)
+        rows = [
+            ["requests finished", *(f"{arm.finished:,}" for arm in arms)],
+            ["requests refused", *(f"{arm.refused:,}" for arm in arms)],
+            ["simulated seconds", *(f"{arm.simulated_seconds:,.1f}" for arm in arms)],
+            ["concurrent requests, mean", *(f"{arm.mean_concurrency:,.1f}" for arm in arms)],
+            ["concurrent requests, peak", *(f"{arm.peak_concurrency:,}" for arm in arms)],
+            ["bytes holding tokens, mean", *(format_size(arm.used_bytes) for arm in arms)],
+            ["bytes mapped, mean", *(format_size(arm.mapped_bytes) for arm in arms)],
+            ["waste", *(f"{arm.waste:.2%}" for arm in arms)],
+            ["preemptions", *(f"{arm.preemptions:,}" for arm in arms)],
+            ["bytes reclaimable, mean", format_size(self.vattn.reclaimable_bytes), "", ""],
+            ["driver calls", f"{self.driver_calls:,}", "", ""],
+            ["step, median", f"{self.step_us_p50:.1f} us", "", ""],
+            ["step, 99th percentile", f"{self.step_us_p99:.1f} us", "", ""],
+        ]
+        if self.verified_bytes:
+            rows.append(["bytes verified", format_size(self.verified_bytes), "", ""])
+        print_table(self.title, ["", "vattn", "paged, 16 tokens", "static"], rows)
+
+
+def _common(figures: Figures) -> dict[str, Any]:
+    names = (
+        "simulated_seconds",
+        "mean_concurrency",
+        "peak_concurrency",
+        "used_bytes",
+        "mapped_bytes",
+        "waste",
+        "preemptions",
+    )
+    return {name: getattr(figures, name) for name in names}
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: read, replay, print, write."""
+    geometry = geometry_of(args)
+    _check_output(args.json)
+    started = time.perf_counter()
+    trace = load_trace(args.trace, args.requests)
+    with open_cache(args, geometry) as cache:
+        report = replay(args, geometry, trace, cache, started)
+    if args.json == "-":
+        json.dump(report.to_json(), sys.stdout, indent=2)
+        print()
+        return 0
+    report.print()
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"argument --json: {os_error(error)}") from None
+    return 0
+
+
+def load_trace(path: str, requests: int | None) -> Trace:
+    """The trace; what is wrong with it is a UsageError."""
+    try:
+        return read_trace(path, requests)
+    except TraceError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(os_error(error)) from None
+
+
+def _check_output(path: str | None) -> None:
+    """Refuse a path that cannot be written before the work, not after it."""
+    if path is None or path == "-":
+        return
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UsageError(f"argument --json: cannot write {path}")
+
+
+def open_cache(args: argparse.Namespace, geometry: Geometry) -> vattn.KVCache:
+    """The cache those options describe; what is wrong with them is a UsageError."""
+    if args.verify and args.device == "meta":
+        raise UsageError("--verify writes into memory and checks it, and meta has none: use --device cpu or cuda")
+    memory = DEFAULT_META_MEMORY if args.memory is None and args.device == "meta" else args.memory
+    try:
+        import vattn
+
+        if args.verify:
+            import torch  # noqa: F401  (the pattern is written through tensors)
+        return vattn.KVCache(
+            num_layers=geometry.num_layers,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            v_head_dim=geometry.v_head_dim,
+            dtype=geometry.dtype,
+            max_batch_size=args.max_batch,
+            max_seq_len=args.max_seq_len,
+            device=args.device,
+            layers_per_tensor=args.layers_per_tensor,
+            layout=args.layout,
+            page_size=args.page_size,
+            memory_limit=memory,
+        )
+    except ImportError as error:
+        raise UsageError(f"{error}; `python -m vattn info` says what is missing and how to get it") from None
+    except (TypeError, ValueError, OverflowError, Error) as error:
+        raise UsageError(f"no such cache: {error}") from None
+
+
+def replay(
+    args: argparse.Namespace, geometry: Geometry, trace: Trace, cache: vattn.KVCache, started: float | None = None
+) -> Report:
+    """Run the trace through the cache and through the two it is compared with."""
+    from vattn.tools.vattn_memory import VattnMemory
+
+    started = time.perf_counter() if started is None else started
+    verifier = None
+    if args.verify:
+        from vattn.tools.verify import Verifier
+
+        verifier = Verifier(cache, geometry, args.max_batch)
+    budget = cache.stats().limit_bytes if args.memory is None else args.memory
+    work = Workload(
+        arrivals_ns=[int(when / args.speed) for when in trace.arrivals_ns],
+        prompts=trace.prompts,
+        answers=trace.answers,
+        iteration_ns=max(1, round(args.iteration_ms * 1e6)),
+        max_batch=args.max_batch,
+    )
+    ours = VattnMemory(cache, verifier)
+    arms: dict[str, Memory] = {
+        "vattn": ours,
+        "paged_16": PagedMemory(geometry, budget, args.max_batch, args.max_seq_len),
+        "static": StaticMemory(geometry, budget, args.max_batch, args.max_seq_len),
+    }
+    figures = {name: _simulate(name, work, memory) for name, memory in arms.items()}
+    title = (
+        f"{trace.path}: {len(trace):,} requests at {args.speed:g} times their speed, "
+        f"{args.iteration_ms:g} ms an iteration\n"
+        f"{geometry}; {format_size(budget)} on {args.device}, pages of {format_size(cache.page_size)}, "
+        f"{cache.tokens_per_page:,} tokens a page, {cache.layout}"
+    )
+    return Report(
+        title=title,
+        requests=len(trace),
+        seconds=time.perf_counter() - started,
+        vattn=figures["vattn"],
+        paged_16=figures["paged_16"],
+        static=figures["static"],
+        driver_calls=cache.stats().driver_calls,
+        step_us_p50=ours.step_microseconds(50),
+        step_us_p99=ours.step_microseconds(99),
+        verified_bytes=verifier.verified_bytes if verifier else 0,
+    )
+
+
+def _simulate(name: str, work: Workload, memory: Memory) -> Figures:
+    total = len(work.arrivals_ns)
+    with progress(f"replay, {name}", total) as advance:
+        try:
+            figures = simulate(work, memory, advance)
+        except VerificationError as error:
+            raise CheckError(f"{name}: {error}") from None
+    if figures.finished + figures.refused != total:
+        raise CheckError(f"{name}: {figures.finished} finished and {figures.refused} refused, of {total} requests")
+    return figures

@@ -1,0 +1,90 @@
+"""A real ``vattn.KVCache`` behind the scheduler's memory interface.
+
+Every figure comes from the cache itself: what fits is what ``step`` grants, and bytes are what ``stats`` counts. The
+time of each call of ``step`` is kept, admissions included. Thread: one at a time.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+import vattn
+
+if TYPE_CHECKING:
+    from vattn.tools.verify import Verifier
+
+
+class VattnMemory:
+    """A memory for the scheduler over an empty cache, which it then owns the slots of."""
+
+    def __init__(self, cache: vattn.KVCache, verifier: Verifier | None = None) -> None:
+        self.cache = cache
+        self.verifier = verifier
+        self.step_ns = array("q")  # duration of each call of step
+        self.longest = _longest(cache)
+
+    def admit(self, request: int, tokens: int) -> int:
+        try:
+            slot = self.cache.alloc()
+        except vattn.NoFreeSlotError:
+            return -1
+        if tokens and not self._step({slot: tokens}):
+            self.cache.free(slot)
+            return -1
+        if self.verifier is not None:
+            self.verifier.admit(slot, request, tokens)
+        return slot
+
+    def grow(self, lengths: array[int], active: Sequence[int]) -> bool:
+        if not active or self._step(lengths):
+            if self.verifier is not None:
+                self.verifier.grow(lengths, active)
+            return True
+        return False
+
+    def release(self, slot: int) -> None:
+        if self.verifier is not None:
+            self.verifier.release(slot)
+        self.cache.free(slot)
+
+    def usage(self) -> tuple[int, int, int]:
+        stats = self.cache.stats()
+        # Reclaimable pages are mapped, but not for an active slot: anyone may have them.
+        return stats.used_bytes, stats.mapped_bytes - stats.reclaimable_bytes, stats.reclaimable_bytes
+
+    def step_microseconds(self, percent: float) -> float:
+        """A percentile of the duration of ``step``, in microseconds (nearest rank)."""
+        if not self.step_ns:
+            return 0.0
+        ordered = sorted(self.step_ns)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] / 1000
+
+    def _step(self, lengths: dict[int, int] | array[int]) -> bool:
+        start = perf_counter_ns()
+        try:
+            self.cache.step(lengths)
+        except vattn.OutOfMemoryError:
+            return False
+        finally:
+            self.step_ns.append(perf_counter_ns() - start)
+        return True
+
+
+def _longest(cache: vattn.KVCache) -> int:
+    """The longest request an empty cache has memory for, found by asking it."""
+    slot = cache.alloc()
+    try:
+        fits, too_long = 0, cache.max_seq_len + 1
+        probe = cache.max_seq_len  # nearly always a whole row fits, so that is tried first
+        while fits + 1 < too_long:
+            if cache.fits({slot: probe}):
+                fits = probe
+            else:
+                too_long = probe
+            probe = (fits + too_long) // 2
+        return fits
+    finally:
+        cache.free(slot)

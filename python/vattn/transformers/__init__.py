@@ -1,0 +1,41 @@
+"""vattn under Hugging Face transformers: a cache for `model.generate`, and an attention function that reads it well.
+
+    import vattn.transformers
+
+    cache = vattn.transformers.VattnCache(model.config, max_seq_len=32_768)
+    model.generate(**inputs, past_key_values=cache)
+
+What it promises: with `VattnCache` a model produces the tokens that it produces with `DynamicCache`, while a new token
+is written where it belongs instead of copying every earlier one, and memory follows what is in use instead of a length
+chosen up front. Importing this module also registers `attn_implementation="vattn"` (see `attention.py`); it works with
+any cache.
+
+Files, bottom up: `group.py` (one KVCache behind the layers of one shape), `layer.py` (a model layer's share of it),
+`cache.py` (`VattnCache`), `encoder_decoder.py` (the same for encoder-decoder models), `attention.py` (the attention
+function).
+
+Thread: as any transformers cache, one thread at a time a cache; different caches are independent.
+"""
+
+from __future__ import annotations
+
+try:
+    import torch as _torch  # noqa: F401
+    import transformers as _transformers
+except ImportError as error:
+    raise ImportError("vattn.transformers needs torch and transformers: pip install 'vattn[transformers]'") from error
+
+_version = tuple(int(part) for part in _transformers.__version__.split(".")[:2])
+if not (5, 17) <= _version < (6, 0):
+    raise ImportError(
+        f"vattn.transformers needs transformers >= 5.17, < 6, found {_transformers.__version__}: "
+        "pip install 'vattn[transformers]'"
+    )
+
+from vattn.transformers.attention import register as _register  # noqa: E402
+from vattn.transformers.cache import VattnCache  # noqa: E402
+from vattn.transformers.layer import VattnLayer  # noqa: E402
+
+_register()
+
+__all__ = ["VattnCache", "VattnLayer"]

@@ -1,0 +1,84 @@
+"""The memory of one VattnCache: its layers and the groups they live in.
+
+What it is: the place where a layer asks for a home with its first keys and values, because only they tell the shape,
+and the root that a deep copy forks from.
+
+What it promises: layers of one shape share one KVCache, layers of another shape (or on another device) get their own; a
+failed request leaves every layer where it was.
+
+Thread: one at a time, as the transformers cache it belongs to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import vattn
+from vattn.transformers.group import LayerGroup, Limits, Shape
+
+if TYPE_CHECKING:
+    from vattn.transformers.layer import VattnLayer
+
+
+class CacheMemory:
+    """Layers and groups of one VattnCache."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.layers: list[VattnLayer] = []
+        self.groups: list[LayerGroup] = []
+        self.is_closed = False
+
+    def bind(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Give `layer` a home that fits its keys and values, (rows, heads, tokens, dim).
+
+        All layers that have not shown their shape yet are taken to have the same one, so that one `step` serves them
+        all. A layer that turns out to be different moves out, with those behind it, and what stays is packed into a
+        smaller KVCache: a copy, once, and only in models whose layers differ.
+        """
+        if self.is_closed:
+            raise vattn.ClosedError("the VattnCache is closed; make a new one")
+        shape = Shape.of(keys, values)
+        old = layer.group
+        if old is not None and old.shape == shape:
+            return
+        moving = [other for other in self.layers if other is layer or (other.group is old and not other.is_initialized)]
+        staying = [] if old is None else [other for other in old.layers if other not in moving]
+        new = LayerGroup(len(moving), shape, self.limits)
+        if old is not None:
+            if staying:
+                packed = old.fork(staying)
+                packed.adopt(staying)
+                self.groups.append(packed)
+                for other in staying:
+                    other.refresh()
+            self.groups.remove(old)
+            old.cache.close()
+        new.adopt(moving)
+        self.groups.append(new)
+
+    def close(self) -> None:
+        """Give all memory back. Tensors already handed out stay readable; the layers are empty and take no more
+        tokens."""
+        self.is_closed = True
+        for layer in self.layers:
+            layer.forget()
+            layer.group, layer.is_initialized = None, False
+        while self.groups:
+            self.groups.pop().cache.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheMemory:
+        """A fork: other memory, the same tokens. Puts the copies of all layers into `memo`."""
+        twin = CacheMemory(self.limits)
+        twin.is_closed = self.is_closed
+        twin.groups = [group.fork(group.layers) for group in self.groups]
+        memo[id(self)] = twin
+        for layer in self.layers:
+            memo[id(layer)] = layer.twin(twin)
+        for group, copied in zip(self.groups, twin.groups, strict=True):
+            copied.adopt([memo[id(layer)] for layer in group.layers])
+        for layer in twin.layers:
+            layer.refresh()
+        return twin

@@ -1,0 +1,118 @@
+// The functions of fake_cuda.h: each takes the mutex and does one thing to the state.
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+
+#include "address_space.hpp"
+#include "fake_cuda.h"
+#include "state.hpp"
+#include "work.hpp"
+
+namespace {
+
+using fake_cuda::State;
+
+/// The state, locked for the scope.
+struct Locked {
+  State& state = fake_cuda::state();
+  std::lock_guard<std::mutex> lock{state.mutex};
+  State* operator->() const { return &state; }
+};
+
+bool is_granularity(std::uint64_t value) { return value >= fake_cuda::kHostPage && (value & (value - 1)) == 0; }
+
+/// Whether every byte is mapped with full access for the device that owns the first page; that device.
+bool can_run(State& state, std::uint64_t address, std::uint64_t size, int& device) {
+  const auto mappings = fake_cuda::covering(state, address, size);
+  if (mappings.empty()) return false;
+  device = state.allocations.find(mappings.front()->second.handle)->second.device;
+  return std::all_of(mappings.begin(), mappings.end(), [&](const auto& mapping) {
+    return mapping->second.access[static_cast<std::size_t>(device)] == vattn::cuda::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+void fake_cuda_reset(void) { Locked()->reset(); }
+
+void fake_cuda_set_devices(int count) { Locked()->settings.devices = std::clamp(count, 0, fake_cuda::kMaxDevices); }
+void fake_cuda_set_memory(uint64_t bytes_per_device) { Locked()->settings.memory = bytes_per_device; }
+void fake_cuda_set_granularity(uint64_t minimum, uint64_t recommended) {
+  const Locked locked;
+  if (!is_granularity(minimum) || !is_granularity(recommended)) return;
+  locked->settings.granularity = minimum;
+  locked->settings.recommended = recommended;
+}
+void fake_cuda_set_fill(int byte) { Locked()->settings.fill = byte; }
+void fake_cuda_set_vmm(int supported) { Locked()->settings.vmm = supported != 0; }
+void fake_cuda_hide(const char* entry) {
+  const Locked locked;
+  if (entry == nullptr) {
+    locked->settings.hidden.clear();
+  } else {
+    locked->settings.hidden.insert(entry);
+  }
+}
+
+void fake_cuda_fail(const char* entry, uint64_t kth, int code, int sticky) {
+  Locked()->faults.arm(entry != nullptr ? entry : "", kth, static_cast<vattn::cuda::CUresult>(code), sticky != 0);
+}
+void fake_cuda_clear_faults(void) { Locked()->faults.clear(); }
+uint64_t fake_cuda_faults_fired(void) { return Locked()->faults.fired(); }
+
+void fake_cuda_count(fake_cuda_counts* counts) {
+  const Locked locked;
+  *counts = {};
+  for (const auto& [handle, allocation] : locked->allocations) {
+    counts->handles += allocation.references != 0 ? 1 : 0;
+    counts->handle_references += allocation.references;
+    counts->bytes += allocation.size;
+  }
+  for (const auto& device : locked->devices) counts->context_references += device.context_references;
+  counts->mappings = locked->mappings.size();
+  counts->reservations = locked->reservations.size();
+  counts->streams = locked->streams.size();
+  counts->work = locked->work.size();
+  counts->null_stream_work = locked->null_stream_work;
+}
+
+int fake_cuda_context_depth(void) { return static_cast<int>(fake_cuda::context_stack().size()); }
+
+uint64_t fake_cuda_calls(const char* entry) {
+  const Locked locked;
+  uint64_t calls = 0;
+  for (const auto& [name, count] : locked->calls) {
+    if (entry == nullptr || name == entry) calls += count;
+  }
+  return calls;
+}
+void fake_cuda_clear_calls(void) { Locked()->calls.clear(); }
+
+uint64_t fake_cuda_kernel_begin(uint64_t address, uint64_t size) {
+  const Locked locked;
+  int device = 0;
+  if (!can_run(locked.state, address, size, device)) {
+    locked->violate("a kernel touches memory that is not mapped, or has no access");
+    return 0;
+  }
+  return fake_cuda::start(locked.state, {device, fake_cuda::kernel_stream(), {{address, size}}, {}});
+}
+int fake_cuda_kernel_end(uint64_t kernel) {
+  const Locked locked;
+  return fake_cuda::finish(locked.state, kernel) ? 1 : 0;
+}
+
+uint64_t fake_cuda_violations(void) { return Locked()->violations.size(); }
+size_t fake_cuda_last_violation(char* text, size_t size) {
+  const Locked locked;
+  const std::string last = locked->violations.empty() ? std::string() : locked->violations.back();
+  if (text != nullptr && size != 0) {
+    const size_t kept = std::min(size - 1, last.size());
+    std::memcpy(text, last.data(), kept);
+    text[kept] = '\0';
+  }
+  return last.size();
+}
+}

@@ -1,0 +1,15 @@
+// The prototypes of the fake's entry points, made from the list that the library itself uses: an entry added there does not
+// link here until it is implemented, and one with another signature does not compile.
+// Thread: any, as in the real library.
+#pragma once
+
+#include "cuda/cuda_types.hpp"
+
+namespace fake_cuda {
+
+using namespace vattn::cuda;  // NOLINT(google-build-using-namespace): CUDA's own names
+
+#define VATTN_CUDA_FUNCTION(name, version, presence, parameters) CUresult name parameters;
+#include "cuda/functions.def"
+
+}  // namespace fake_cuda
