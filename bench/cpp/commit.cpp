@@ -3,8 +3,8 @@
 //   same    the system calls vattn makes, and nothing else: fallocate and mmap a page, madvise a run
 //   plain   one fallocate and one mmap a page
 //
-// The arms take turns within one run, so a noisy machine is noisy for all; the figure is the ratio of medians. Nobody touches the
-// pages. `--pages N` grows by N pages a row at a time (default: all at once).
+// The arms take turns within one run, so a noisy machine is noisy for all; the figure is the ratio of medians. Nobody touches
+// the pages. `--pages N` grows by N pages a row at a time (default: all at once).
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -67,12 +67,14 @@ double with_loop(std::int64_t pages_a_step, bool advise) {
             const std::size_t in_tensor = row + static_cast<std::size_t>(page) * kPage;
             const auto offset = static_cast<off_t>(tensor * kRow * kSlots + in_tensor);
             if (::fallocate(file, 0, offset, kPage) != 0) fail("fallocate");
-            if (::mmap(tensors[tensor] + in_tensor, kPage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, offset) == MAP_FAILED) {
+            if (::mmap(tensors[tensor] + in_tensor, kPage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, offset) ==
+                MAP_FAILED) {
               fail("mmap");
             }
           }
           const std::size_t start = row + static_cast<std::size_t>(from) * kPage;
-          if (advise && ::madvise(tensors[tensor] + start, static_cast<std::size_t>(pages_a_step) * kPage, MADV_DONTFORK) != 0) {
+          if (advise &&
+              ::madvise(tensors[tensor] + start, static_cast<std::size_t>(pages_a_step) * kPage, MADV_DONTFORK) != 0) {
             fail("madvise");
           }
         }
@@ -106,8 +108,10 @@ int main(int argc, char** argv) {
     plain_s.push_back(with_loop(pages, false));
   }
   const double gib = 4.0;
-  std::printf("{\"bench\": \"commit\", \"pages_a_step\": %ld, \"rounds\": %d, \"vattn_gib_s\": %.2f, \"same_gib_s\": %.2f, \"plain_gib_s\": %.2f, "
-              "\"of_same_calls\": %.3f, \"of_plain_loop\": %.3f}\n",
-              static_cast<long>(pages), rounds, gib / bench::median(vattn_s), gib / bench::median(same_s), gib / bench::median(plain_s),
-              bench::median(same_s) / bench::median(vattn_s), bench::median(plain_s) / bench::median(vattn_s));
+  std::printf(
+      "{\"bench\": \"commit\", \"pages_a_step\": %ld, \"rounds\": %d, \"vattn_gib_s\": %.2f, \"same_gib_s\": %.2f, "
+      "\"plain_gib_s\": %.2f, "
+      "\"of_same_calls\": %.3f, \"of_plain_loop\": %.3f}\n",
+      static_cast<long>(pages), rounds, gib / bench::median(vattn_s), gib / bench::median(same_s), gib / bench::median(plain_s),
+      bench::median(same_s) / bench::median(vattn_s), bench::median(plain_s) / bench::median(vattn_s));
 }

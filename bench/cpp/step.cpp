@@ -12,7 +12,8 @@ int main(int argc, char** argv) {
   constexpr std::int64_t kSlots = 256;
   constexpr int kSteps = 1000;
   constexpr int kRounds = 201;
-  vattn::CacheConfig config{.num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = kSlots, .max_seq_len = 8192};
+  vattn::CacheConfig config{
+      .num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = kSlots, .max_seq_len = 8192};
   config.dtype = vattn::DType::kBFloat16;
   vattn::KVCache cache(config, {vattn::Device::Kind::kMeta, 0});
   cache.alloc_block(kSlots);
@@ -28,7 +29,7 @@ int main(int argc, char** argv) {
   }
   std::vector<double> rounds;
   for (int round = 0; round < kRounds; ++round) rounds.push_back(bench::seconds(steps) / kSteps * 1e9);
-  std::printf("{\"bench\": \"step\", \"slots\": %ld, \"median_ns\": %.1f, \"min_ns\": %.1f, \"driver_calls\": %llu}\n", static_cast<long>(kSlots),
-              bench::median(rounds), *std::min_element(rounds.begin(), rounds.end()),
+  std::printf("{\"bench\": \"step\", \"slots\": %ld, \"median_ns\": %.1f, \"min_ns\": %.1f, \"driver_calls\": %llu}\n",
+              static_cast<long>(kSlots), bench::median(rounds), *std::min_element(rounds.begin(), rounds.end()),
               static_cast<unsigned long long>(cache.stats().driver_calls - calls));
 }

@@ -1,11 +1,12 @@
 """vattn: growable contiguous tensors, and the KV cache of an LLM server built from them.
 
-The address range of a tensor is reserved once, at its largest size; physical pages are mapped behind it only as it fills. So every
-request's keys and values stay contiguous in virtual memory, any attention kernel that takes a strided tensor works unmodified,
-and memory is allocated on demand. The idea is vAttention's (Prabhu et al., ASPLOS 2025, arXiv 2405.04437).
+The address range of a tensor is reserved once, at its largest size; physical pages are mapped behind it only as it
+fills. So every request's keys and values stay contiguous in virtual memory, any attention kernel that takes a strided
+tensor works unmodified, and memory is allocated on demand. The idea is vAttention's (Prabhu et al., ASPLOS 2025, arXiv
+2405.04437).
 
-Names are loaded at first use: importing the package needs neither torch nor the native extension, so that ``python -m vattn info``
-can say which of them is missing.
+Names are loaded at first use: importing the package needs neither torch nor the native extension, so that ``python -m
+vattn info`` can say which of them is missing.
 """
 
 from __future__ import annotations

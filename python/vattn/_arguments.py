@@ -1,7 +1,7 @@
 """Arguments as users give them, turned into what the native part takes.
 
-Promise: a wrong type is a ``TypeError``, a wrong value a ``ValueError`` or an ``OverflowError``; each names the parameter and the
-value, and nothing has changed yet. Thread: any; pure functions.
+Promise: a wrong type is a ``TypeError``, a wrong value a ``ValueError`` or an ``OverflowError``; each names the
+parameter and the value, and nothing has changed yet. Thread: any; pure functions.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def to_ints(value: Any, name: str) -> list[int]:
 
 
 def to_lengths(value: Any) -> dict[Any, Any] | list[int]:
-    """What ``step`` and ``fits`` take and the native part does not know by itself: other mappings, sequences and integer types."""
+    """What ``step`` and ``fits`` take and the native part does not read itself.
+
+    That is: other mappings, sequences and integer types.
+    """
     if isinstance(value, Mapping):
         return {to_int(slot, "lengths: slot"): to_int(length, "lengths: length") for slot, length in value.items()}
     return to_ints(value, "lengths")

@@ -1,7 +1,7 @@
 """The errors of vattn.
 
-Bad input is a ``TypeError``, ``ValueError``, ``IndexError`` or ``OverflowError``; everything else is one of these. Each names
-the parameter or the call, the value and the way out, and leaves the state as it was. Thread: any.
+Bad input is a ``TypeError``, ``ValueError``, ``IndexError`` or ``OverflowError``; everything else is one of these.
+Each names the parameter or the call, the value and the way out, and leaves the state as it was. Thread: any.
 """
 
 from __future__ import annotations

@@ -63,14 +63,19 @@ class GrowableTensor:
     def append(self, rows: torch.Tensor) -> None:
         """Copies ``rows``, of shape ``(n, *row_shape)`` and the tensor's dtype, behind the last row.
 
-        ValueError, TypeError: another shape or dtype, or more rows than fit. OutOfMemoryError: no memory. Nothing changed then.
+        ValueError, TypeError: another shape or dtype, or more rows than fit. OutOfMemoryError: no memory. Nothing
+        changed then.
         """
         if not is_torch_tensor(rows):
             raise TypeError(f"rows must be a torch.Tensor, not {type(rows).__name__}")
         if tuple(rows.shape[1:]) != self._row_shape or rows.dim() == 0:
-            raise ValueError(f"rows has shape {tuple(rows.shape)}; it must be (n, {', '.join(map(str, self._row_shape))})")
+            raise ValueError(
+                f"rows has shape {tuple(rows.shape)}; it must be (n, {', '.join(map(str, self._row_shape))})"
+            )
         if str(rows.dtype) != f"torch.{self._dtype_name}":
-            raise ValueError(f"rows has dtype {rows.dtype}; the tensor holds torch.{self._dtype_name}: convert it first")
+            raise ValueError(
+                f"rows has dtype {rows.dtype}; the tensor holds torch.{self._dtype_name}: convert it first"
+            )
         if "strided" not in str(rows.layout) or (rows.is_meta and self._device_name != "meta"):
             raise ValueError(f"rows is {rows.layout} on {rows.device}: only dense tensors with data can be appended")
         old = self._native.rows()
@@ -87,7 +92,10 @@ class GrowableTensor:
             raise
 
     def resize(self, n: int) -> None:
-        """Gives the tensor ``n`` rows. New rows hold zeros or what an earlier use left; whole pages past the last go back."""
+        """Gives the tensor ``n`` rows.
+
+        New rows hold zeros or what an earlier use left; whole pages past the last row go back.
+        """
         self._native.resize(to_int(n, "n"))
 
     def __len__(self) -> int:
@@ -117,7 +125,9 @@ class GrowableTensor:
     def memory_limit(self, value: int | str) -> None:
         limit = to_optional_size(value, "memory_limit")
         if limit is None:
-            raise TypeError("memory_limit=None must be a number of bytes or text such as '20GiB' once the tensor exists")
+            raise TypeError(
+                "memory_limit=None must be a number of bytes or text such as '20GiB' once the tensor exists"
+            )
         self._native.set_memory_limit(limit)
 
     @property

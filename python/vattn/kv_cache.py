@@ -1,8 +1,9 @@
 """KVCache: the memory of an LLM server's attention layers, contiguous per request, mapped on demand.
 
-A thin layer over the native class: it reads the arguments and makes torch tensors. Promise: ``step`` is a transaction; every
-error is typed, names the parameter and the value, and leaves lengths, mappings and page counts as they were. Thread: any method
-from any thread; driver calls never hold the GIL. In a forked child every method raises :class:`vattn.ClosedError`.
+A thin layer over the native class: it reads the arguments and makes torch tensors. Promise: ``step`` is a transaction;
+every error is typed, names the parameter and the value, and leaves lengths, mappings and page counts as they were.
+Thread: any method from any thread; driver calls never hold the GIL. In a forked child every method raises
+:class:`vattn.ClosedError`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vattn._tensors import finisher
 from vattn.stats import Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -46,14 +47,15 @@ class KVCache:
         dtype: float16, bfloat16, float32, a float8 type, int8 or uint8.
         device: ``"cpu"``, ``"cuda[:i]"`` or ``"meta"`` (accounting only: any size, no memory).
         v_head_dim: elements of a value; None: as ``head_dim``; 0: keys only (MLA latents), and every V is None.
-        layers_per_tensor: layers that share one tensor, so that a page holds fewer tokens of more layers. Divides ``num_layers``.
-        layout: ``"NHD"`` (token-major), ``"HND"`` (head-major), or None: HND on the host where its rows stay within half of the
-            kernel's mappings and ``layers_per_tensor`` is 1, else NHD. Changes strides, never shapes.
+        layers_per_tensor: layers that share one tensor, so that a page holds fewer tokens of more layers. Divides
+            ``num_layers``.
+        layout: ``"NHD"`` (token-major), ``"HND"`` (head-major), or None: HND on the host where its rows stay within
+            half of the kernel's mappings and ``layers_per_tensor`` is 1, else NHD. Changes strides, never shapes.
         page_size: bytes, or text such as ``"2MiB"``; None: 64 KiB on the host, 2 MiB on cuda and meta.
-        memory_limit: bytes, or text such as ``"40GiB"``, at least one page in every tensor; None: 90 % of what is free now, and
-            no limit on meta.
-        unmapped_reads: what reading tokens that were never committed does: ``"zeros"`` (the host's default, and possible only
-            there) or ``"fault"``.
+        memory_limit: bytes, or text such as ``"40GiB"``, at least one page in every tensor; None: 90 % of what is free
+            now, and no limit on meta.
+        unmapped_reads: what reading tokens that were never committed does: ``"zeros"`` (the host's default, and
+            possible only there) or ``"fault"``.
         guard_tokens: tokens past every length that are kept committed and zeroed, for kernels that load whole tiles.
         scrub: zero a page before another request can see it.
 
@@ -111,7 +113,7 @@ class KVCache:
         self._page_size = self._native.page_size()
         self._tokens_per_page = self._native.tokens_per_page()
         self._layout = self._native.layout()
-        self._finish = finisher(self._dtype_name, self._device_name)
+        self._finish: Callable[[Any], Views] = finisher(self._dtype_name, self._device_name)
 
     # Slots.
 
@@ -120,7 +122,10 @@ class KVCache:
         return self._native.alloc()
 
     def alloc_block(self, n: int) -> list[int]:
-        """Takes ``n`` neighbouring slots, ascending, for kernels that want a dense batch. NoFreeSlotError when there are none."""
+        """Takes ``n`` neighbouring slots, ascending, for kernels that want a dense batch.
+
+        NoFreeSlotError when there are none.
+        """
         return self._native.alloc_block(to_int(n, "n"))
 
     def free(self, slot: int) -> None:
@@ -148,9 +153,9 @@ class KVCache:
         """Makes sure that slots have memory for that many tokens: all of them, or nothing changes.
 
         Args:
-            lengths: ``{slot: tokens}`` of slots in use, or one length a slot (``max_batch_size`` of them, 0: leave alone), as a list,
-                a tuple, or an array or tensor of integers. int64 arrays cost least. A length at or under the slot's own leaves
-                the slot alone: ``step`` never shrinks.
+            lengths: ``{slot: tokens}`` of slots in use, or one length a slot (``max_batch_size`` of them, 0: leave
+                alone), as a list, a tuple, or an array or tensor of integers. int64 arrays cost least. A length at or
+                under the slot's own leaves the slot alone: ``step`` never shrinks.
 
         Raises:
             OutOfMemoryError: not all the pages are to be had; ``needed_bytes`` says how much was missing.
@@ -168,7 +173,10 @@ class KVCache:
         return bool(answer)
 
     def truncate(self, slot: int, n: int) -> None:
-        """Forgets the tokens from ``n`` on; whole pages above them become reusable. ValueError when ``n`` is past the length."""
+        """Forgets the tokens from ``n`` on; whole pages above them become reusable.
+
+        ValueError when ``n`` is past the length.
+        """
         self._native.truncate(to_int(slot, "slot"), to_int(n, "n"))
 
     def seq_len(self, slot: int) -> int:
@@ -182,7 +190,7 @@ class KVCache:
     # Tensors.
 
     def view(self, layer: int, slot: int) -> Views:
-        """Keys and values of one slot, ``(seq_len, num_kv_heads, head_dim)``: exactly the tokens in use, sharing memory.
+        """Keys and values of one slot, ``(seq_len, num_kv_heads, head_dim)``: the tokens in use, sharing memory.
 
         The tensors keep their addresses, and their contents after :meth:`close`, for as long as they live.
         """
@@ -191,14 +199,18 @@ class KVCache:
     def batch(self, layer: int, slots: Sequence[int], length: int) -> Views:
         """Several slots as one strided batch, ``(n, length, num_kv_heads, head_dim)``.
 
-        ValueError unless the slots ascend in equal steps, are in use, and have ``length`` tokens committed (or read as zeros).
+        ValueError unless the slots ascend in equal steps, are in use, and have ``length`` tokens committed (or read as
+        zeros).
         """
-        return self._finish(self._native.batch(to_int(layer, "layer"), to_ints(slots, "slots"), to_int(length, "length")))
+        return self._finish(
+            self._native.batch(to_int(layer, "layer"), to_ints(slots, "slots"), to_int(length, "length"))
+        )
 
     def layer(self, layer: int) -> Views:
-        """The whole reservation of a layer, ``(max_batch_size, max_seq_len, num_kv_heads, head_dim)``, memory behind it or not.
+        """The whole reservation of a layer: ``(max_batch_size, max_seq_len, num_kv_heads, head_dim)``.
 
-        For kernels that take lengths. Do not print, copy or save it: that touches tokens without memory.
+        For kernels that take lengths. Not all of it has memory: do not print, copy or save it: that touches every
+        token.
         """
         return self._finish(self._native.layer(to_int(layer, "layer")))
 
@@ -223,7 +235,9 @@ class KVCache:
         slot_list = to_ints(slots, "slots")
         position_list = to_ints(positions, "positions")
         if len(slot_list) != len(position_list):
-            raise ValueError(f"positions has {len(position_list)} entries, slots has {len(slot_list)}: one position a slot")
+            raise ValueError(
+                f"positions has {len(position_list)} entries, slots has {len(slot_list)}: one position a slot"
+            )
         for slot, position in zip(slot_list, position_list, strict=True):
             length = self._native.seq_len(slot)
             if not 0 <= position < length:
@@ -271,8 +285,8 @@ class KVCache:
     def memory_limit(self) -> int:
         """Bytes of physical memory the cache may hold. Set it at any time, in bytes or as text.
 
-        Lowered, it holds at once for growth and gives up what is not in use; active slots keep their pages. ValueError below one
-        page group.
+        Lowered, it holds at once for growth and gives up what is not in use; active slots keep their pages. ValueError
+        below one page group.
         """
         return self._native.memory_limit()
 
@@ -288,7 +302,8 @@ class KVCache:
         return Stats(*self._native.stats())
 
     def close(self) -> None:
-        """Gives everything back but what living tensors hold. A second call does nothing; every other method then raises.
+        """Gives everything back but what living tensors hold. A second call does nothing; every other method then
+        raises.
 
         Error: the driver would not take everything back; the message says what, and the cache is closed all the same.
         """
@@ -361,9 +376,11 @@ class KVCache:
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else f"{len(self)} of {self._max_batch_size} slots in use"
         return (
-            f"<vattn.KVCache {self._num_layers} layers x {self._num_kv_heads} heads x {self._head_dim}, {self._dtype_name}, "
-            f"{self._layout}, {self._device_name}, {state}>"
+            f"<vattn.KVCache {self._num_layers} layers x {self._num_kv_heads} heads x {self._head_dim}, "
+            f"{self._dtype_name}, {self._layout}, {self._device_name}, {state}>"
         )
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a KVCache cannot be pickled or copied: it owns mapped memory; copy the tensors of its views instead")
+        raise TypeError(
+            "a KVCache cannot be pickled or copied: it owns mapped memory; copy the tensors of its views instead"
+        )

@@ -25,9 +25,9 @@ void bind_growable_tensor(nb::module_& module);
 [[nodiscard]] vattn::DType dtype_of(const std::string& name);
 
 /// A torch tensor that keeps `owner` alive; on meta, which has no memory to share, the pair (shape, strides).
-[[nodiscard]] nb::object to_torch(vattn::Address address, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
-                                  vattn::DType dtype, vattn::TensorDevice device, int device_index,
-                                  const std::shared_ptr<vattn::Buffer>& owner);
+[[nodiscard]] nb::object to_torch(vattn::Address address, std::span<const std::int64_t> shape,
+                                  std::span<const std::int64_t> strides, vattn::DType dtype, vattn::TensorDevice device,
+                                  int device_index, const std::shared_ptr<vattn::Buffer>& owner);
 
 template <std::size_t Rank>
 [[nodiscard]] nb::object to_torch(const vattn::TensorView<Rank>& view) {
@@ -38,7 +38,7 @@ template <std::size_t Rank>
 struct Lengths {
   enum class Kind { kSequence, kNamed, kUnknown };
   Kind kind = Kind::kUnknown;
-  std::span<const std::int64_t> sequence;   ///< into `array` or `numbers`
+  std::span<const std::int64_t> sequence;  ///< into `array` or `numbers`
   std::vector<vattn::SlotLength> named;
 
   nb::ndarray<const std::int64_t, nb::ndim<1>, nb::device::cpu> array;

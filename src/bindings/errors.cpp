@@ -5,9 +5,7 @@
 
 namespace {
 
-nb::object make(const char* type, const char* message) {
-  return nb::module_::import_("vattn.errors").attr(type)(message);
-}
+nb::object make(const char* type, const char* message) { return nb::module_::import_("vattn.errors").attr(type)(message); }
 
 void raise(const nb::object& error) { PyErr_SetObject(error.type().ptr(), error.ptr()); }
 

@@ -25,14 +25,16 @@ nb::object tensor(const GrowableTensor& growable) {
 
 void bind_growable_tensor(nb::module_& module) {
   nb::class_<GrowableTensor>(module, "GrowableTensor")
-      .def("__init__", [](GrowableTensor* self, std::vector<std::int64_t> row_shape, std::int64_t max_rows, const std::string& dtype, const std::string& device,
-                       std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit) {
-             GrowableTensor::Config config{std::move(row_shape), max_rows, dtype_of(dtype), page_size, memory_limit};
-             const nb::gil_scoped_release release;
-             new (self) GrowableTensor(config, vattn::parse_device(device));
-           },
-           nb::arg("row_shape"), nb::arg("max_rows"), nb::arg("dtype"), nb::arg("device"), nb::arg("page_size").none(),
-           nb::arg("memory_limit").none())
+      .def(
+          "__init__",
+          [](GrowableTensor* self, std::vector<std::int64_t> row_shape, std::int64_t max_rows, const std::string& dtype,
+             const std::string& device, std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit) {
+            GrowableTensor::Config config{std::move(row_shape), max_rows, dtype_of(dtype), page_size, memory_limit};
+            const nb::gil_scoped_release release;
+            new (self) GrowableTensor(config, vattn::parse_device(device));
+          },
+          nb::arg("row_shape"), nb::arg("max_rows"), nb::arg("dtype"), nb::arg("device"), nb::arg("page_size").none(),
+          nb::arg("memory_limit").none())
       .def("resize", &GrowableTensor::resize, Release())
       .def("rows", &GrowableTensor::rows, Release())
       .def("tensor", &tensor)

@@ -12,12 +12,13 @@ using Release = nb::call_guard<nb::gil_scoped_release>;
 using Slots = std::vector<std::int64_t>;
 
 template <typename T>
-std::optional<T> one_of(const std::optional<std::string>& value, const char* parameter, const char* first, T if_first, const char* second,
-                        T if_second) {
+std::optional<T> one_of(const std::optional<std::string>& value, const char* parameter, const char* first, T if_first,
+                        const char* second, T if_second) {
   if (!value) return std::nullopt;
   if (*value == first) return if_first;
   if (*value == second) return if_second;
-  throw std::invalid_argument(std::string(parameter) + "=\"" + *value + "\" must be None, \"" + first + "\" or \"" + second + "\"");
+  throw std::invalid_argument(std::string(parameter) + "=\"" + *value + "\" must be None, \"" + first + "\" or \"" + second +
+                              "\"");
 }
 
 template <std::size_t Rank>
@@ -84,43 +85,45 @@ nb::tuple stats(const KVCache& cache) {
     const nb::gil_scoped_release release;
     now = cache.stats();
   }
-  return nb::make_tuple(now.reserved_bytes, now.created_bytes, now.mapped_bytes, now.pooled_bytes, now.retired_bytes, now.limit_bytes,
-                        now.used_bytes, now.available_bytes, now.reclaimable_bytes, now.active_slots, now.warm_slots, now.driver_calls,
-                        now.pages_created, now.pages_reused, now.map_wait_ns);
+  return nb::make_tuple(now.reserved_bytes, now.created_bytes, now.mapped_bytes, now.pooled_bytes, now.retired_bytes,
+                        now.limit_bytes, now.used_bytes, now.available_bytes, now.reclaimable_bytes, now.active_slots,
+                        now.warm_slots, now.driver_calls, now.pages_created, now.pages_reused, now.map_wait_ns);
 }
 
 }  // namespace
 
 void bind_kv_cache(nb::module_& module) {
   nb::class_<KVCache>(module, "KVCache")
-      .def("__init__", [](KVCache* self, std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t max_batch_size,
-                       std::int64_t max_seq_len, const std::string& dtype, const std::string& device,
-                       std::optional<std::int64_t> v_head_dim, std::int64_t layers_per_tensor, const std::optional<std::string>& layout,
-                       std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit,
-                       const std::optional<std::string>& unmapped_reads, std::int64_t guard_tokens, bool scrub) {
-             vattn::CacheConfig config;
-             config.num_layers = num_layers;
-             config.num_kv_heads = num_kv_heads;
-             config.head_dim = head_dim;
-             config.max_batch_size = max_batch_size;
-             config.max_seq_len = max_seq_len;
-             config.dtype = dtype_of(dtype);
-             config.v_head_dim = v_head_dim;
-             config.layers_per_tensor = layers_per_tensor;
-             config.layout = one_of(layout, "layout", "NHD", vattn::Layout::kNHD, "HND", vattn::Layout::kHND);
-             config.page_size = page_size;
-             config.memory_limit = memory_limit;
-             config.unmapped_reads =
-                 one_of(unmapped_reads, "unmapped_reads", "fault", vattn::UnmappedReads::kFault, "zeros", vattn::UnmappedReads::kZeros);
-             config.guard_tokens = guard_tokens;
-             config.scrub = scrub;
-             const nb::gil_scoped_release release;
-             new (self) KVCache(config, vattn::parse_device(device));
-           },
-           nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::kw_only(), nb::arg("max_batch_size"),
-           nb::arg("max_seq_len"), nb::arg("dtype"), nb::arg("device"), nb::arg("v_head_dim").none(), nb::arg("layers_per_tensor"),
-           nb::arg("layout").none(), nb::arg("page_size").none(), nb::arg("memory_limit").none(), nb::arg("unmapped_reads").none(),
-           nb::arg("guard_tokens"), nb::arg("scrub"))
+      .def(
+          "__init__",
+          [](KVCache* self, std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim,
+             std::int64_t max_batch_size, std::int64_t max_seq_len, const std::string& dtype, const std::string& device,
+             std::optional<std::int64_t> v_head_dim, std::int64_t layers_per_tensor, const std::optional<std::string>& layout,
+             std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit,
+             const std::optional<std::string>& unmapped_reads, std::int64_t guard_tokens, bool scrub) {
+            vattn::CacheConfig config;
+            config.num_layers = num_layers;
+            config.num_kv_heads = num_kv_heads;
+            config.head_dim = head_dim;
+            config.max_batch_size = max_batch_size;
+            config.max_seq_len = max_seq_len;
+            config.dtype = dtype_of(dtype);
+            config.v_head_dim = v_head_dim;
+            config.layers_per_tensor = layers_per_tensor;
+            config.layout = one_of(layout, "layout", "NHD", vattn::Layout::kNHD, "HND", vattn::Layout::kHND);
+            config.page_size = page_size;
+            config.memory_limit = memory_limit;
+            config.unmapped_reads = one_of(unmapped_reads, "unmapped_reads", "fault", vattn::UnmappedReads::kFault, "zeros",
+                                           vattn::UnmappedReads::kZeros);
+            config.guard_tokens = guard_tokens;
+            config.scrub = scrub;
+            const nb::gil_scoped_release release;
+            new (self) KVCache(config, vattn::parse_device(device));
+          },
+          nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::kw_only(), nb::arg("max_batch_size"),
+          nb::arg("max_seq_len"), nb::arg("dtype"), nb::arg("device"), nb::arg("v_head_dim").none(),
+          nb::arg("layers_per_tensor"), nb::arg("layout").none(), nb::arg("page_size").none(), nb::arg("memory_limit").none(),
+          nb::arg("unmapped_reads").none(), nb::arg("guard_tokens"), nb::arg("scrub"))
       .def("alloc", &KVCache::alloc, Release())
       .def("alloc_block", &KVCache::alloc_block, Release())
       .def("free", &KVCache::free, Release())

@@ -37,7 +37,8 @@ vattn::DType dtype_of(const std::string& name) {
 }
 
 nb::object to_torch(vattn::Address address, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
-                    vattn::DType dtype, vattn::TensorDevice device, int device_index, const std::shared_ptr<vattn::Buffer>& owner) {
+                    vattn::DType dtype, vattn::TensorDevice device, int device_index,
+                    const std::shared_ptr<vattn::Buffer>& owner) {
   if (device == vattn::TensorDevice::kMeta) return nb::make_tuple(to_tuple(shape), to_tuple(strides));
   std::array<std::size_t, 8> extents{};
   std::copy(shape.begin(), shape.end(), extents.begin());
@@ -47,7 +48,7 @@ nb::object to_torch(vattn::Address address, std::span<const std::int64_t> shape,
   const nb::capsule keeper(reference.get(), drop_owner);
   static_cast<void>(reference.release());
   const int device_type = device == vattn::TensorDevice::kCuda ? nb::device::cuda::value : nb::device::cpu::value;
-  nb::ndarray<nb::pytorch> array(reinterpret_cast<void*>(address), shape.size(), extents.data(), keeper, strides.data(), element,
-                                       device_type, device_index);
+  nb::ndarray<nb::pytorch> array(reinterpret_cast<void*>(address), shape.size(), extents.data(), keeper, strides.data(),
+                                 element, device_type, device_index);
   return array.cast();
 }

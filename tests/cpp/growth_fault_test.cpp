@@ -15,10 +15,8 @@ struct Scenario {
 };
 
 constexpr Scenario kScenarios[] = {
-    {"token-major", Layout::kNHD, false, 0, false},
-    {"head-major", Layout::kHND, false, 0, false},
-    {"scrub", Layout::kNHD, true, 0, false},
-    {"guard", Layout::kNHD, false, 8, false},
+    {"token-major", Layout::kNHD, false, 0, false}, {"head-major", Layout::kHND, false, 0, false},
+    {"scrub", Layout::kNHD, true, 0, false},        {"guard", Layout::kNHD, false, 8, false},
     {"tight", Layout::kNHD, false, 0, true},
 };
 
@@ -27,7 +25,8 @@ struct Code {
   const char* name;
   bool out_of_memory;
 };
-constexpr Code kCodes[] = {{12, "ENOMEM", true}, {5, "EIO", false}, {1, "CUDA_ERROR_INVALID_VALUE", false}, {999, "CUDA_ERROR_UNKNOWN", false}};
+constexpr Code kCodes[] = {
+    {12, "ENOMEM", true}, {5, "EIO", false}, {1, "CUDA_ERROR_INVALID_VALUE", false}, {999, "CUDA_ERROR_UNKNOWN", false}};
 
 class GrowthFault : public testing::TestWithParam<DriverUnderTest> {
  protected:
@@ -114,7 +113,8 @@ TEST_P(GrowthFault, AnySingleFailureDuringStepChangesNothingAndTheRetrySucceeds)
           Setting setting(GetParam(), scenario);
           const Before before(*setting.cache, *setting.driver.counts);
           setting.driver.faults->arm({k, sticky, {}, code.code, code.name, code.out_of_memory});
-          const std::string what = std::string(scenario.name) + " " + code.name + (sticky ? " sticky" : "") + " k=" + std::to_string(k);
+          const std::string what =
+              std::string(scenario.name) + " " + code.name + (sticky ? " sticky" : "") + " k=" + std::to_string(k);
           bool failed = false;
           try {
             setting.step();

@@ -1,10 +1,11 @@
 // KVCache as a C++ program uses it, on every driver.
+#include "vattn/kv/kv_cache.hpp"
+
 #include <algorithm>
 #include <cstring>
 #include <thread>
 
 #include "drivers_under_test.hpp"
-#include "vattn/kv/kv_cache.hpp"
 #include "vattn/tensor/growable_tensor.hpp"
 
 namespace vattn {
@@ -200,7 +201,8 @@ TEST_P(KVCacheTest, ViewsHaveTheShapeOfTheTokensInUseInEitherLayout) {
     const auto view = cache->view(1, 1);
     EXPECT_EQ(view.k.shape, (std::array<std::int64_t, 3>{6, 2, 16}));
     const auto row = static_cast<std::int64_t>(cache->geometry().k().row_bytes / 2);
-    const auto expected = layout == Layout::kNHD ? std::array<std::int64_t, 3>{32, 16, 1} : std::array<std::int64_t, 3>{16, row, 1};
+    const auto expected =
+        layout == Layout::kNHD ? std::array<std::int64_t, 3>{32, 16, 1} : std::array<std::int64_t, 3>{16, row, 1};
     EXPECT_EQ(view.k.strides, expected);
     const std::vector<std::int64_t> slots{0, 2};
     const auto batch = cache->batch(1, slots, 5);

@@ -13,8 +13,12 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
+import torch
+
+import vattn
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ON_GPU = os.environ.get("VATTN_TEST_GPU") == "1"
@@ -46,6 +50,50 @@ def device(request: pytest.FixtureRequest) -> str:
 def skip_without_cuda() -> None:
     if not ON_GPU and FAKE_CUDA is None:
         pytest.skip("no libfake_cuda.so: build it with cmake -S . -B build/dev -G Ninja && ninja -C build/dev")
+
+
+#: Bytes of a page where no page_size is given.
+PAGE = {"cpu": 64 << 10, "meta": 2 << 20, "cuda": 2 << 20}
+#: Tokens a page of :func:`make_cache` holds in one tensor.
+TOKENS = 4
+
+
+def make_cache(device: str, **more: Any) -> vattn.KVCache:
+    """A small cache whose pages hold four tokens a tensor, whatever the device's page size; token-major unless told.
+
+    Two layers of K and V: a page group is four pages, and four tokens of one slot take one.
+    """
+    shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "max_batch_size": 4, "max_seq_len": 64}
+    shape |= {"dtype": torch.float32, "device": device, "layout": "NHD", **more}
+    itemsize = shape["dtype"].itemsize
+    heads_together = 1 if shape["layout"] == "HND" else shape["num_kv_heads"] * shape.get("layers_per_tensor", 1)
+    shape.setdefault("head_dim", PAGE[device] // (TOKENS * heads_together * itemsize))
+    return vattn.KVCache(**shape)
+
+
+def group_bytes(cache: vattn.KVCache) -> int:
+    """Bytes of a page group of a token-major :func:`make_cache`: a page of K and of V in each layer."""
+    return 2 * cache.num_layers * cache.page_size
+
+
+def tensor_device(device: str) -> str:
+    """Where the tensors of a cache live: those of the fake driver are the CPU's."""
+    return "cpu" if device == "cuda" and not ON_GPU else device
+
+
+def without_meta(device: str) -> str:
+    """The device, for tests that look at contents; meta has none and skips."""
+    if device == "meta":
+        pytest.skip("meta tensors have no contents")
+    return device
+
+
+def assert_counts_hold(cache: vattn.KVCache) -> None:
+    """What ``stats`` promises at any time."""
+    now = cache.stats()
+    assert now.created_bytes == now.mapped_bytes + now.pooled_bytes + now.retired_bytes
+    assert now.used_bytes <= now.mapped_bytes <= now.created_bytes <= now.reserved_bytes + now.pooled_bytes
+    assert now.active_slots == len(cache) == len(cache.slots())
 
 
 def run_child(

@@ -29,8 +29,8 @@ namespace vattn {
 /// Throws std::invalid_argument unless low <= value <= high.
 inline void check_between(const char* parameter, std::int64_t value, std::int64_t low, std::int64_t high) {
   if (value < low || value > high) {
-    throw std::invalid_argument(std::string(parameter) + "=" + std::to_string(value) + " must be between " + std::to_string(low) +
-                                " and " + std::to_string(high));
+    throw std::invalid_argument(std::string(parameter) + "=" + std::to_string(value) + " must be between " +
+                                std::to_string(low) + " and " + std::to_string(high));
   }
 }
 

@@ -252,8 +252,8 @@ vattn_status vattn_cache_view(vattn_cache* cache, int64_t layer, int64_t slot, v
   });
 }
 
-vattn_status vattn_cache_batch(vattn_cache* cache, int64_t layer, const int64_t* slots, int64_t count, int64_t length, vattn_view* k,
-                               vattn_view* v) {
+vattn_status vattn_cache_batch(vattn_cache* cache, int64_t layer, const int64_t* slots, int64_t count, int64_t length,
+                               vattn_view* k, vattn_view* v) {
   return guarded([&] {
     need(cache, "cache");
     need(k, "k");
@@ -300,9 +300,9 @@ vattn_status vattn_cache_stats(vattn_cache* cache, vattn_stats* stats) {
     need(cache, "cache");
     need(stats, "stats");
     const vattn::CacheStats from = cache->cache.stats();
-    *stats = {from.reserved_bytes, from.created_bytes,     from.mapped_bytes, from.pooled_bytes, from.retired_bytes,
-              from.limit_bytes,    from.used_bytes,        from.available_bytes, from.reclaimable_bytes, from.active_slots,
-              from.warm_slots,     from.driver_calls,      from.pages_created, from.pages_reused, from.map_wait_ns};
+    *stats = {from.reserved_bytes, from.created_bytes, from.mapped_bytes,    from.pooled_bytes,      from.retired_bytes,
+              from.limit_bytes,    from.used_bytes,    from.available_bytes, from.reclaimable_bytes, from.active_slots,
+              from.warm_slots,     from.driver_calls,  from.pages_created,   from.pages_reused,      from.map_wait_ns};
   });
 }
 
@@ -322,8 +322,8 @@ vattn_status vattn_cache_tokens_per_page(vattn_cache* cache, int64_t* tokens) {
   });
 }
 
-vattn_status vattn_tensor_create(const int64_t* row_shape, int32_t row_ndim, int64_t max_rows, const char* dtype, const char* device,
-                                 int64_t page_size, int64_t memory_limit, vattn_tensor** tensor) {
+vattn_status vattn_tensor_create(const int64_t* row_shape, int32_t row_ndim, int64_t max_rows, const char* dtype,
+                                 const char* device, int64_t page_size, int64_t memory_limit, vattn_tensor** tensor) {
   return guarded([&] {
     need(tensor, "tensor");
     vattn::GrowableTensor::Config config;

@@ -17,16 +17,16 @@ extern "C" {
 
 typedef int32_t vattn_status;
 enum {
-    VATTN_OK = 0,
-    VATTN_INVALID_ARGUMENT = 1, /* a value; in Python a ValueError */
-    VATTN_OUT_OF_RANGE = 2,     /* an index; IndexError */
-    VATTN_OVERFLOW = 3,         /* a product that leaves 64 bits; OverflowError */
-    VATTN_OUT_OF_MEMORY = 4,
-    VATTN_NO_FREE_SLOT = 5,
-    VATTN_DRIVER_ERROR = 6,
-    VATTN_CLOSED = 7,
-    VATTN_IN_USE = 8,
-    VATTN_ERROR = 9, /* anything else */
+  VATTN_OK = 0,
+  VATTN_INVALID_ARGUMENT = 1, /* a value; in Python a ValueError */
+  VATTN_OUT_OF_RANGE = 2,     /* an index; IndexError */
+  VATTN_OVERFLOW = 3,         /* a product that leaves 64 bits; OverflowError */
+  VATTN_OUT_OF_MEMORY = 4,
+  VATTN_NO_FREE_SLOT = 5,
+  VATTN_DRIVER_ERROR = 6,
+  VATTN_CLOSED = 7,
+  VATTN_IN_USE = 8,
+  VATTN_ERROR = 9, /* anything else */
 };
 
 typedef struct vattn_cache vattn_cache;
@@ -39,21 +39,21 @@ typedef struct vattn_cache_config {
   int64_t head_dim;
   int64_t max_batch_size;
   int64_t max_seq_len;
-  const char *dtype;  /* torch's name: "bfloat16" */
-  const char *device; /* "cpu", "cuda:0", "meta"; NULL: "cpu" */
+  const char* dtype;  /* torch's name: "bfloat16" */
+  const char* device; /* "cpu", "cuda:0", "meta"; NULL: "cpu" */
   int64_t v_head_dim; /* -1: as head_dim (the default); 0: keys only */
   int64_t layers_per_tensor;
-  const char *layout; /* "NHD" or "HND"; NULL: chosen */
+  const char* layout; /* "NHD" or "HND"; NULL: chosen */
   int64_t page_size;
   int64_t memory_limit;
-  const char *unmapped_reads; /* "fault" or "zeros"; NULL: chosen */
+  const char* unmapped_reads; /* "fault" or "zeros"; NULL: chosen */
   int64_t guard_tokens;
   int32_t scrub;
 } vattn_cache_config;
 
 /* A strided view. `data` stays valid while the cache is open. */
 typedef struct vattn_view {
-  void *data; /* NULL on meta, and for V in a cache of keys only */
+  void* data; /* NULL on meta, and for V in a cache of keys only */
   int32_t ndim;
   int64_t shape[4];
   int64_t strides[4];
@@ -78,55 +78,58 @@ typedef struct vattn_stats {
 } vattn_stats;
 
 /* "0.1.0" */
-VATTN_C_API const char *vattn_version(void);
+VATTN_C_API const char* vattn_version(void);
 /* The message of this thread's last failure; "" before the first. Valid until this thread's next call. */
-VATTN_C_API const char *vattn_last_error(void);
+VATTN_C_API const char* vattn_last_error(void);
 
-VATTN_C_API void vattn_cache_config_init(vattn_cache_config *config);
-VATTN_C_API vattn_status vattn_cache_create(const vattn_cache_config *config, vattn_cache **cache);
+VATTN_C_API void vattn_cache_config_init(vattn_cache_config* config);
+VATTN_C_API vattn_status vattn_cache_create(const vattn_cache_config* config, vattn_cache** cache);
 /* Closes and frees; NULL is fine. Views of the cache are invalid afterwards. */
-VATTN_C_API void vattn_cache_destroy(vattn_cache *cache);
-VATTN_C_API vattn_status vattn_cache_close(vattn_cache *cache);
+VATTN_C_API void vattn_cache_destroy(vattn_cache* cache);
+VATTN_C_API vattn_status vattn_cache_close(vattn_cache* cache);
 
-VATTN_C_API vattn_status vattn_cache_alloc(vattn_cache *cache, int64_t *slot);
+VATTN_C_API vattn_status vattn_cache_alloc(vattn_cache* cache, int64_t* slot);
 /* `count` neighbours: *first, *first + 1, ... */
-VATTN_C_API vattn_status vattn_cache_alloc_block(vattn_cache *cache, int64_t count, int64_t *first);
-VATTN_C_API vattn_status vattn_cache_free(vattn_cache *cache, int64_t slot);
+VATTN_C_API vattn_status vattn_cache_alloc_block(vattn_cache* cache, int64_t count, int64_t* first);
+VATTN_C_API vattn_status vattn_cache_free(vattn_cache* cache, int64_t slot);
 /* One length a slot, max_batch_size of them; 0 leaves a slot alone. All or nothing. */
-VATTN_C_API vattn_status vattn_cache_step(vattn_cache *cache, const int64_t *lengths, int64_t count);
+VATTN_C_API vattn_status vattn_cache_step(vattn_cache* cache, const int64_t* lengths, int64_t count);
 /* Only the slots named: slots[i] shall have lengths[i] tokens. */
-VATTN_C_API vattn_status vattn_cache_step_slots(vattn_cache *cache, const int64_t *slots, const int64_t *lengths, int64_t count);
-VATTN_C_API vattn_status vattn_cache_fits(vattn_cache *cache, const int64_t *slots, const int64_t *lengths, int64_t count, int32_t *fits);
-VATTN_C_API vattn_status vattn_cache_truncate(vattn_cache *cache, int64_t slot, int64_t tokens);
-VATTN_C_API vattn_status vattn_cache_seq_len(vattn_cache *cache, int64_t slot, int64_t *tokens);
-VATTN_C_API vattn_status vattn_cache_committed_len(vattn_cache *cache, int64_t slot, int64_t *tokens);
+VATTN_C_API vattn_status vattn_cache_step_slots(vattn_cache* cache, const int64_t* slots, const int64_t* lengths,
+                                                int64_t count);
+VATTN_C_API vattn_status vattn_cache_fits(vattn_cache* cache, const int64_t* slots, const int64_t* lengths, int64_t count,
+                                          int32_t* fits);
+VATTN_C_API vattn_status vattn_cache_truncate(vattn_cache* cache, int64_t slot, int64_t tokens);
+VATTN_C_API vattn_status vattn_cache_seq_len(vattn_cache* cache, int64_t slot, int64_t* tokens);
+VATTN_C_API vattn_status vattn_cache_committed_len(vattn_cache* cache, int64_t slot, int64_t* tokens);
 
 /* (tokens, heads, dim) */
-VATTN_C_API vattn_status vattn_cache_view(vattn_cache *cache, int64_t layer, int64_t slot, vattn_view *k, vattn_view *v);
+VATTN_C_API vattn_status vattn_cache_view(vattn_cache* cache, int64_t layer, int64_t slot, vattn_view* k, vattn_view* v);
 /* (slots, length, heads, dim) of equally spaced ascending slots */
-VATTN_C_API vattn_status vattn_cache_batch(vattn_cache *cache, int64_t layer, const int64_t *slots, int64_t count, int64_t length,
-                                           vattn_view *k, vattn_view *v);
+VATTN_C_API vattn_status vattn_cache_batch(vattn_cache* cache, int64_t layer, const int64_t* slots, int64_t count,
+                                           int64_t length, vattn_view* k, vattn_view* v);
 /* (max_batch_size, max_seq_len, heads, dim): memory or not */
-VATTN_C_API vattn_status vattn_cache_layer(vattn_cache *cache, int64_t layer, vattn_view *k, vattn_view *v);
+VATTN_C_API vattn_status vattn_cache_layer(vattn_cache* cache, int64_t layer, vattn_view* k, vattn_view* v);
 /* Entry i goes to positions[i] of slots[i]; k and v are dense (count, heads, dim) on the cache's device. */
-VATTN_C_API vattn_status vattn_cache_write(vattn_cache *cache, int64_t layer, const int64_t *slots, const int64_t *positions,
-                                           int64_t count, const void *k, const void *v);
+VATTN_C_API vattn_status vattn_cache_write(vattn_cache* cache, int64_t layer, const int64_t* slots, const int64_t* positions,
+                                           int64_t count, const void* k, const void* v);
 
-VATTN_C_API vattn_status vattn_cache_memory_limit(vattn_cache *cache, uint64_t *bytes);
-VATTN_C_API vattn_status vattn_cache_set_memory_limit(vattn_cache *cache, int64_t bytes);
-VATTN_C_API vattn_status vattn_cache_stats(vattn_cache *cache, vattn_stats *stats);
-VATTN_C_API vattn_status vattn_cache_page_size(vattn_cache *cache, int64_t *bytes);
-VATTN_C_API vattn_status vattn_cache_tokens_per_page(vattn_cache *cache, int64_t *tokens);
+VATTN_C_API vattn_status vattn_cache_memory_limit(vattn_cache* cache, uint64_t* bytes);
+VATTN_C_API vattn_status vattn_cache_set_memory_limit(vattn_cache* cache, int64_t bytes);
+VATTN_C_API vattn_status vattn_cache_stats(vattn_cache* cache, vattn_stats* stats);
+VATTN_C_API vattn_status vattn_cache_page_size(vattn_cache* cache, int64_t* bytes);
+VATTN_C_API vattn_status vattn_cache_tokens_per_page(vattn_cache* cache, int64_t* tokens);
 
 /* A growable tensor: max_rows rows of shape row_shape[0..row_ndim). page_size and memory_limit: 0 for the default. */
-VATTN_C_API vattn_status vattn_tensor_create(const int64_t *row_shape, int32_t row_ndim, int64_t max_rows, const char *dtype,
-                                             const char *device, int64_t page_size, int64_t memory_limit, vattn_tensor **tensor);
-VATTN_C_API void vattn_tensor_destroy(vattn_tensor *tensor);
-VATTN_C_API vattn_status vattn_tensor_resize(vattn_tensor *tensor, int64_t rows);
-VATTN_C_API vattn_status vattn_tensor_rows(vattn_tensor *tensor, int64_t *rows);
+VATTN_C_API vattn_status vattn_tensor_create(const int64_t* row_shape, int32_t row_ndim, int64_t max_rows, const char* dtype,
+                                             const char* device, int64_t page_size, int64_t memory_limit,
+                                             vattn_tensor** tensor);
+VATTN_C_API void vattn_tensor_destroy(vattn_tensor* tensor);
+VATTN_C_API vattn_status vattn_tensor_resize(vattn_tensor* tensor, int64_t rows);
+VATTN_C_API vattn_status vattn_tensor_rows(vattn_tensor* tensor, int64_t* rows);
 /* The first element of row 0; the same for the tensor's whole life. NULL on meta. */
-VATTN_C_API vattn_status vattn_tensor_data(vattn_tensor *tensor, void **data);
-VATTN_C_API vattn_status vattn_tensor_mapped_bytes(vattn_tensor *tensor, uint64_t *bytes);
+VATTN_C_API vattn_status vattn_tensor_data(vattn_tensor* tensor, void** data);
+VATTN_C_API vattn_status vattn_tensor_mapped_bytes(vattn_tensor* tensor, uint64_t* bytes);
 
 #ifdef __cplusplus
 }

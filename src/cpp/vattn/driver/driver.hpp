@@ -29,20 +29,20 @@ enum class TensorDevice : std::uint8_t { kCpu, kCuda, kMeta };
 
 /// What is true of a driver for as long as it lives.
 struct DriverTraits {
-  const char* name = "";                ///< "host", "cuda" or "null"
-  std::size_t granularity = 0;          ///< page sizes, and addresses of pages, are multiples of it
-  std::size_t default_page_size = 0;    ///< used where the user names none
+  const char* name = "";              ///< "host", "cuda" or "null"
+  std::size_t granularity = 0;        ///< page sizes, and addresses of pages, are multiples of it
+  std::size_t default_page_size = 0;  ///< used where the user names none
   TensorDevice tensor_device = TensorDevice::kMeta;
   int tensor_device_index = 0;
-  bool reads_as_zeros = false;          ///< reserve(..., kZeros) is possible
-  bool fresh_pages_are_zero = false;    ///< a page that create() just made holds zeros, guaranteed
-  bool has_memory = false;              ///< fill and copy reach real bytes (false: accounting only)
-  std::uint64_t mapping_limit = 0;      ///< mappings this process may have; 0: no such wall
+  bool reads_as_zeros = false;        ///< reserve(..., kZeros) is possible
+  bool fresh_pages_are_zero = false;  ///< a page that create() just made holds zeros, guaranteed
+  bool has_memory = false;            ///< fill and copy reach real bytes (false: accounting only)
+  std::uint64_t mapping_limit = 0;    ///< mappings this process may have; 0: no such wall
 };
 
 struct MemoryInfo {
   std::uint64_t total_bytes = 0;
-  std::uint64_t available_bytes = 0;    ///< what create() could still hand out now, reserves already taken off
+  std::uint64_t available_bytes = 0;  ///< what create() could still hand out now, reserves already taken off
 };
 
 class VATTN_API Driver {

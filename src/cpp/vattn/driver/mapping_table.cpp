@@ -40,7 +40,7 @@ const MappingTable::Range* MappingTable::find(Address at) const noexcept {
 }
 
 MappingTable::Range* MappingTable::find(Address at) noexcept {
-  return const_cast<Range*>(static_cast<const MappingTable*>(this)->find(at));  // NOLINT(cppcoreguidelines-pro-type-const-cast)
+  return const_cast<Range*>(static_cast<const MappingTable*>(this)->find(at));
 }
 
 const MappingTable::Page* MappingTable::page(PageHandle page) const noexcept {
@@ -59,7 +59,8 @@ void MappingTable::check_release_range(Address base, std::size_t size) const {
     refuse("release_range", "size ", size, " is not the ", it->second.size, " bytes that were reserved at ", hex(base));
   }
   if (!it->second.mapped.empty()) {
-    refuse("release_range", it->second.mapped.size(), " mappings are still in the reservation at ", hex(base), ": unmap them first");
+    refuse("release_range", it->second.mapped.size(), " mappings are still in the reservation at ", hex(base),
+           ": unmap them first");
   }
 }
 

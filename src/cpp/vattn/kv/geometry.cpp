@@ -29,8 +29,8 @@ Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : conf
   check_between("guard_tokens", config.guard_tokens, 0, kMost);
   check_between("layers_per_tensor", config.layers_per_tensor, 1, config.num_layers);
   if (config.num_layers % config.layers_per_tensor != 0) {
-    throw std::invalid_argument("layers_per_tensor=" + text(config.layers_per_tensor) + " must divide num_layers=" +
-                                text(config.num_layers));
+    throw std::invalid_argument("layers_per_tensor=" + text(config.layers_per_tensor) +
+                                " must divide num_layers=" + text(config.num_layers));
   }
   page_size_ = config.page_size.value_or(static_cast<std::int64_t>(driver.default_page_size));
   const auto granularity = static_cast<std::int64_t>(driver.granularity);
@@ -54,7 +54,8 @@ Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : conf
                                 " that are possible: lower max_batch_size, or raise layers_per_tensor");
   }
   const char* const total = "num_layers x max_batch_size x num_kv_heads x head_dim x max_seq_len";
-  const std::int64_t pair = checked_add(checked_mul(k_.rows, k_.row_bytes, total), checked_mul(v_.rows, v_.row_bytes, total), total);
+  const std::int64_t pair =
+      checked_add(checked_mul(k_.rows, k_.row_bytes, total), checked_mul(v_.rows, v_.row_bytes, total), total);
   const std::int64_t all = checked_mul(pair, groups(), total);
   if (driver.has_memory && all > kAddressSpace) {
     throw std::overflow_error(std::string(total) + " comes to " + text(all) + " bytes of addresses, more than the " +
@@ -79,14 +80,14 @@ void Geometry::choose_layout(const DriverTraits& driver) {
   }
   if (layout_ == Layout::kNHD) return;
   if (sliced) {
-    throw std::invalid_argument("layout=\"HND\" holds one layer a tensor, but layers_per_tensor=" + text(config_.layers_per_tensor) +
-                                ": use layout=\"NHD\" with slicing");
+    throw std::invalid_argument("layout=\"HND\" holds one layer a tensor, but layers_per_tensor=" +
+                                text(config_.layers_per_tensor) + ": use layout=\"NHD\" with slicing");
   }
   if (beyond_wall || rows > kMaxRows) {
-    throw std::invalid_argument("layout=\"HND\" needs " + text(rows) + " rows (" + what + " x K and V), of two mappings each at worst; " +
-                                "at most " + text(beyond_wall ? mappings / 4 : kMaxRows) +
-                                " are possible here (half of vm.max_map_count, " + text(mappings) +
-                                ", may be used): use layout=\"NHD\", or a smaller max_batch_size");
+    throw std::invalid_argument("layout=\"HND\" needs " + text(rows) + " rows (" + what +
+                                " x K and V), of two mappings each at worst; " + "at most " +
+                                text(beyond_wall ? mappings / 4 : kMaxRows) + " are possible here (half of vm.max_map_count, " +
+                                text(mappings) + ", may be used): use layout=\"NHD\", or a smaller max_batch_size");
   }
 }
 
@@ -119,7 +120,8 @@ std::int64_t Geometry::tokens_in(const TensorGeometry& tensor, std::int64_t page
 std::int64_t Geometry::tokens_per_page() const noexcept { return page_size_ / std::max(k_.token_bytes, v_.token_bytes); }
 
 std::int64_t Geometry::bytes_per_token() const noexcept {
-  return config_.num_layers * config_.num_kv_heads * (k_.head_dim + v_.head_dim) * static_cast<std::int64_t>(size_of(config_.dtype));
+  return config_.num_layers * config_.num_kv_heads * (k_.head_dim + v_.head_dim) *
+         static_cast<std::int64_t>(size_of(config_.dtype));
 }
 
 std::int64_t Geometry::reserved_bytes() const noexcept { return groups() * (k_.rows * k_.row_bytes + v_.rows * v_.row_bytes); }

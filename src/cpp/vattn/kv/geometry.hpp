@@ -1,7 +1,7 @@
 // The shape of a cache: what was asked for (CacheConfig) and what follows from it (Geometry).
 //
-// Geometry is computed once and never changes: which layers share a tensor, how long a row is, what a token costs, which address
-// a token has. It touches no memory, so it also answers questions about caches that will never be made.
+// Geometry is computed once and never changes: which layers share a tensor, how long a row is, what a token costs, which
+// address a token has. It touches no memory, so it also answers questions about caches that will never be made.
 //   token-major (NHD)  [slot][token][layer in group][head][dim]   one row a slot
 //   head-major  (HND)  [slot][head][token][dim]                   one row a slot and head, one layer a tensor
 // A row is max_seq_len + guard_tokens tokens rounded up to whole pages, so that no page belongs to two rows.
@@ -25,14 +25,14 @@ struct CacheConfig {
   std::int64_t max_batch_size = 0;
   std::int64_t max_seq_len = 0;
   DType dtype = DType::kFloat16;
-  std::optional<std::int64_t> v_head_dim{};      ///< none: as head_dim; 0: keys only
-  std::int64_t layers_per_tensor = 1;            ///< divides num_layers
-  std::optional<Layout> layout{};                ///< none: head-major where the driver's mappings allow it, else token-major
-  std::optional<std::int64_t> page_size{};       ///< bytes; none: the driver's default
-  std::optional<std::int64_t> memory_limit{};    ///< bytes; none: a share of what is free
-  std::optional<UnmappedReads> unmapped_reads{}; ///< none: zeros where the driver can, else fault
-  std::int64_t guard_tokens = 0;                 ///< tokens past every length kept committed and zeroed
-  bool scrub = false;                            ///< zero a page before another request can see it
+  std::optional<std::int64_t> v_head_dim{};       ///< none: as head_dim; 0: keys only
+  std::int64_t layers_per_tensor = 1;             ///< divides num_layers
+  std::optional<Layout> layout{};                 ///< none: head-major where the driver's mappings allow it, else token-major
+  std::optional<std::int64_t> page_size{};        ///< bytes; none: the driver's default
+  std::optional<std::int64_t> memory_limit{};     ///< bytes; none: a share of what is free
+  std::optional<UnmappedReads> unmapped_reads{};  ///< none: zeros where the driver can, else fault
+  std::int64_t guard_tokens = 0;                  ///< tokens past every length kept committed and zeroed
+  bool scrub = false;                             ///< zero a page before another request can see it
 };
 
 /// One kind of tensor, K or V: every K tensor of a cache has the same geometry, and so has every V tensor.

@@ -33,8 +33,9 @@ KVCache::KVCache(const CacheConfig& config, Device device, std::shared_ptr<Drive
   }
   pool_ = std::make_shared<PagePool>(driver_, geometry_.page_size(), limit);
   const auto add = [&](const TensorGeometry& tensor) {
-    tensors_.push_back({&tensor, std::make_shared<Buffer>(pool_, static_cast<std::size_t>(tensor.rows),
-                                                          static_cast<std::size_t>(tensor.row_bytes), geometry_.unmapped_reads())});
+    tensors_.push_back(
+        {&tensor, std::make_shared<Buffer>(pool_, static_cast<std::size_t>(tensor.rows),
+                                           static_cast<std::size_t>(tensor.row_bytes), geometry_.unmapped_reads())});
   };
   for (std::int64_t group = 0; group < geometry_.groups(); ++group) {
     add(geometry_.k());
@@ -59,14 +60,15 @@ void KVCache::check_memory_limit(std::int64_t bytes) const {
   const std::int64_t group_bytes = geometry_.pages_per_group() * geometry_.page_size();
   if (bytes >= group_bytes) return;
   throw std::invalid_argument("memory_limit=" + std::to_string(bytes) + " must be at least one page group, " +
-                              std::to_string(group_bytes) + " bytes (" + std::to_string(geometry_.pages_per_group()) + " pages of " +
-                              std::to_string(geometry_.page_size()) + "): raise it, or use a smaller page_size");
+                              std::to_string(group_bytes) + " bytes (" + std::to_string(geometry_.pages_per_group()) +
+                              " pages of " + std::to_string(geometry_.page_size()) + "): raise it, or use a smaller page_size");
 }
 
 void KVCache::check_active(const char* parameter, std::int64_t slot) const {
   check_index(parameter, slot, slots_.size());
   if (!slots_.is_active(slot)) {
-    throw std::invalid_argument(std::string(parameter) + "=" + std::to_string(slot) + " is not in use: it was never allocated, or was freed");
+    throw std::invalid_argument(std::string(parameter) + "=" + std::to_string(slot) +
+                                " is not in use: it was never allocated, or was freed");
   }
 }
 
@@ -201,8 +203,8 @@ void KVCache::close() {
   close_locked(losses);
   if (!losses.any()) return;
   throw Error("close: closed, but the driver would not take back " + std::to_string(losses.mappings) + " mappings, " +
-              std::to_string(losses.pages) + " pages and " + std::to_string(losses.ranges) + " address ranges (first: " + losses.reason +
-              "). What is left goes when the process ends");
+              std::to_string(losses.pages) + " pages and " + std::to_string(losses.ranges) +
+              " address ranges (first: " + losses.reason + "). What is left goes when the process ends");
 }
 
 void KVCache::close_locked(PagePool::Losses& losses) noexcept {

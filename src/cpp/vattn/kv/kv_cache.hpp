@@ -7,10 +7,10 @@
 //     auto [k, v] = cache.view(0, slot);   // (513, num_kv_heads, head_dim), strided, valid as long as the view lives
 //
 // Promises: step is a transaction; an error leaves lengths, mappings and page counts as they were, and the message says what
-// to do. Errors: the types of error.hpp; bad arguments are std::invalid_argument, std::out_of_range (a slot, a layer, a position)
-// or std::overflow_error. free and truncate never fail for a page that the driver will not unmap: it stays mapped, is counted as
-// reclaimable, and is tried again. After close(), and in a forked child, every method throws ClosedError.
-// Thread: any method from any thread; one mutex a cache.
+// to do. Errors: the types of error.hpp; bad arguments are std::invalid_argument, std::out_of_range (a slot, a layer, a
+// position) or std::overflow_error. free and truncate never fail for a page that the driver will not unmap: it stays mapped, is
+// counted as reclaimable, and is tried again. After close(), and in a forked child, every method throws ClosedError. Thread:
+// any method from any thread; one mutex a cache.
 #pragma once
 
 #include <initializer_list>
@@ -92,7 +92,8 @@ class VATTN_API KVCache {
   [[nodiscard]] KVView<4> layer(std::int64_t layer) const;
   /// Copies new tokens of several slots: entry i goes to positions[i] of slots[i]. `k` and `v` are dense (n, heads, dim) on the
   /// cache's device, `v` 0 in a cache of keys only. Done when it returns.
-  void write(std::int64_t layer, std::span<const std::int64_t> slots, std::span<const std::int64_t> positions, Address k, Address v);
+  void write(std::int64_t layer, std::span<const std::int64_t> slots, std::span<const std::int64_t> positions, Address k,
+             Address v);
 
   // Budget.
   [[nodiscard]] std::uint64_t memory_limit() const;
@@ -165,7 +166,8 @@ template <typename Visit>
 void KVCache::each_row(std::int64_t slot, Visit&& visit) const {
   const std::int64_t rows = geometry_.rows_per_slot();
   for (const Tensor& tensor : tensors_) {
-    for (std::int64_t row = 0; row < rows; ++row) visit(tensor, tensor.buffer->row(static_cast<std::size_t>(slot * rows + row)));
+    for (std::int64_t row = 0; row < rows; ++row)
+      visit(tensor, tensor.buffer->row(static_cast<std::size_t>(slot * rows + row)));
   }
 }
 

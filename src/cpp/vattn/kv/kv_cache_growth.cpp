@@ -25,8 +25,9 @@ void KVCache::check_length(std::int64_t slot, std::int64_t tokens) const {
 
 std::vector<SlotLength> KVCache::named(std::span<const std::int64_t> lengths) const {
   if (static_cast<std::int64_t>(lengths.size()) != slots_.size()) {
-    throw std::invalid_argument("lengths has " + std::to_string(lengths.size()) + " entries; it needs one a slot, max_batch_size=" +
-                                std::to_string(slots_.size()) + ", with 0 for slots to leave alone");
+    throw std::invalid_argument("lengths has " + std::to_string(lengths.size()) +
+                                " entries; it needs one a slot, max_batch_size=" + std::to_string(slots_.size()) +
+                                ", with 0 for slots to leave alone");
   }
   std::vector<SlotLength> pairs;
   for (std::size_t slot = 0; slot < lengths.size(); ++slot) {
@@ -176,9 +177,9 @@ void KVCache::grow(std::span<const SlotLength> lengths) {
       growth.commit();
     } catch (const OutOfMemoryError& error) {
       const std::uint64_t needed = missing * pool_->page_size();
-      throw OutOfMemoryError("step: " + std::to_string(needed) + " bytes more are needed and were not to be had; nothing changed. " +
-                                 error.what(),
-                             needed, error.available_bytes, pool_->usage().limit_bytes);
+      throw OutOfMemoryError(
+          "step: " + std::to_string(needed) + " bytes more are needed and were not to be had; nothing changed. " + error.what(),
+          needed, error.available_bytes, pool_->usage().limit_bytes);
     }
     map_wait_ns_ += static_cast<std::uint64_t>(
         std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count());
@@ -203,8 +204,8 @@ void KVCache::truncate(std::int64_t slot, std::int64_t tokens) {
   check_active("slot", slot);
   const std::int64_t length = slots_.length(slot);
   if (tokens < 0 || tokens > length) {
-    throw std::invalid_argument("n=" + std::to_string(tokens) + " must be between 0 and the slot's length, " + std::to_string(length) +
-                                ": truncate only shortens");
+    throw std::invalid_argument("n=" + std::to_string(tokens) + " must be between 0 and the slot's length, " +
+                                std::to_string(length) + ": truncate only shortens");
   }
   if (tokens == length) return;
   driver_->synchronize();

@@ -1,5 +1,5 @@
-// KVCache: the views that kernels read and write. Fresh each time, over exactly the extent asked for, each with a reference that
-// keeps the memory.
+// KVCache: the views that kernels read and write. Fresh each time, over exactly the extent asked for, each with a reference
+// that keeps the memory.
 #include <algorithm>
 
 #include "vattn/checked.hpp"
@@ -71,13 +71,15 @@ KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots
   for (std::size_t i = 0; i < slots.size(); ++i) {
     check_active("slot", slots[i]);
     if (i != 0 && (distance <= 0 || slots[i] - slots[i - 1] != distance)) {
-      throw std::invalid_argument("slots: " + std::to_string(slots[i - 1]) + ", " + std::to_string(slots[i]) +
-                                  " at position " + std::to_string(i) + " breaks equal ascending steps: one strided batch needs them; "
+      throw std::invalid_argument("slots: " + std::to_string(slots[i - 1]) + ", " + std::to_string(slots[i]) + " at position " +
+                                  std::to_string(i) +
+                                  " breaks equal ascending steps: one strided batch needs them; "
                                   "alloc_block gives neighbours");
     }
     if (geometry_.unmapped_reads() != UnmappedReads::kZeros && slots_.committed(slots[i]) < length) {
-      throw std::invalid_argument("length=" + std::to_string(length) + ": slot " + std::to_string(slots[i]) + " has memory for " +
-                                  std::to_string(slots_.committed(slots[i])) + " tokens, and reading past it would fault: step it first");
+      throw std::invalid_argument("length=" + std::to_string(length) + ": slot " + std::to_string(slots[i]) +
+                                  " has memory for " + std::to_string(slots_.committed(slots[i])) +
+                                  " tokens, and reading past it would fault: step it first");
     }
   }
   return make_views(layer, {slots.front(), static_cast<std::int64_t>(slots.size()), distance, length});
@@ -97,7 +99,8 @@ void KVCache::write(std::int64_t layer, std::span<const std::int64_t> slots, std
                                 std::to_string(slots.size()) + ": one position a slot");
   }
   if ((k == 0 && !slots.empty()) || (v_tensor != nullptr && v == 0 && !slots.empty()) || (v_tensor == nullptr && v != 0)) {
-    throw std::invalid_argument(v_tensor == nullptr ? "v must be null in a cache of keys only, k must not" : "k and v must not be null");
+    throw std::invalid_argument(v_tensor == nullptr ? "v must be null in a cache of keys only, k must not"
+                                                    : "k and v must not be null");
   }
   for (std::size_t i = 0; i < slots.size(); ++i) {
     check_active("slot", slots[i]);

@@ -26,8 +26,8 @@ PagePool::~PagePool() {
 Page PagePool::take(Address near) {
   const std::lock_guard lock(mutex_);
   if (created_ - pooled_.size() >= limit_pages()) {
-    throw OutOfMemoryError("create: all " + std::to_string(limit_pages()) + " pages of memory_limit are in use: raise it, free a " +
-                               "slot, or ask for fewer tokens",
+    throw OutOfMemoryError("create: all " + std::to_string(limit_pages()) +
+                               " pages of memory_limit are in use: raise it, free a " + "slot, or ask for fewer tokens",
                            page_size_, 0, limit_bytes_);
   }
   const PageHandle home = driver_->home(near);
@@ -188,8 +188,8 @@ void PagePool::close(Losses& losses) noexcept {
 void PagePool::check() const {
   const std::lock_guard lock(mutex_);
   if (created_ == mapped_ + pooled_.size()) return;
-  throw Error("broken count: " + std::to_string(created_) + " pages exist, but " + std::to_string(mapped_) + " are mapped and " +
-              std::to_string(pooled_.size()) + " pooled. This is a bug in vattn; the cache is closed");
+  throw Error("broken count: " + std::to_string(created_) + " pages exist, but " + std::to_string(mapped_) +
+              " are mapped and " + std::to_string(pooled_.size()) + " pooled. This is a bug in vattn; the cache is closed");
 }
 
 }  // namespace vattn

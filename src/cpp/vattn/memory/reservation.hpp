@@ -37,6 +37,12 @@ class Reservation {
     std::exchange(driver_, nullptr)->release_range(base_, size_);
   }
 
+  /// Whether there are addresses to give back.
+  [[nodiscard]] bool is_held() const noexcept { return driver_ != nullptr; }
+
+  /// Leaves the addresses as they are, for ever: something in them could not be unmapped, or they are another process's.
+  void abandon() noexcept { driver_ = nullptr; }
+
  private:
   Driver* driver_;
   Address base_;

@@ -45,7 +45,9 @@ class VATTN_API Transaction {
   void zero_old_bits();
   void keep() noexcept;
   void roll_back() noexcept;
-  [[nodiscard]] Address address(const Row& row, std::size_t page) const noexcept { return row.base() + page * pool_.page_size(); }
+  [[nodiscard]] Address address(const Row& row, std::size_t page) const noexcept {
+    return row.base() + page * pool_.page_size();
+  }
 
   PagePool& pool_;
   bool zero_fill_;

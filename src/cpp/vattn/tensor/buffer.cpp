@@ -4,20 +4,20 @@ namespace vattn {
 
 Buffer::Buffer(std::shared_ptr<PagePool> pool, std::size_t rows, std::size_t row_bytes, UnmappedReads reads)
     : pool_(std::move(pool)),
-      reservation_(std::make_unique<Reservation>(pool_->driver(), rows * row_bytes, reads)),
-      base_(reservation_->base()),
-      size_(reservation_->size()) {
+      reservation_(pool_->driver(), rows * row_bytes, reads),
+      base_(reservation_.base()),
+      size_(reservation_.size()) {
   rows_.reserve(rows);
   for (std::size_t row = 0; row < rows; ++row) rows_.emplace_back(base_ + row * row_bytes);
 }
 
 Buffer::~Buffer() {
   if (!generation_.is_current()) {
-    // A forked child: these addresses are not mapped here, or are somebody else's by now. Leak the books, touch nothing.
-    static_cast<void>(reservation_.release());
+    // A forked child: these addresses are not mapped here, or are somebody else's by now.
+    reservation_.abandon();
     return;
   }
-  if (reservation_ == nullptr) return;
+  if (!reservation_.is_held()) return;
   PagePool::Losses losses;
   try {
     pool_->driver().synchronize();
@@ -29,7 +29,7 @@ Buffer::~Buffer() {
 }
 
 void Buffer::release(PagePool::Losses& losses) noexcept {
-  if (reservation_ == nullptr) return;
+  if (!reservation_.is_held()) return;
   bool emptied = true;
   for (Row& row : rows_) {
     if (row.shrink(*pool_, 0, &losses)) continue;
@@ -38,15 +38,14 @@ void Buffer::release(PagePool::Losses& losses) noexcept {
   }
   try {
     if (emptied) {
-      reservation_->release();
+      reservation_.release();
     } else {
       ++losses.ranges;
-      static_cast<void>(reservation_.release());
+      reservation_.abandon();
     }
   } catch (const std::exception& error) {
     losses.note(losses.ranges, error);
   }
-  reservation_.reset();
 }
 
 }  // namespace vattn

@@ -36,7 +36,7 @@ class VATTN_API Buffer {
  private:
   Generation generation_;
   std::shared_ptr<PagePool> pool_;
-  std::unique_ptr<Reservation> reservation_;
+  Reservation reservation_;
   Address base_;
   std::size_t size_;
   std::vector<Row> rows_;

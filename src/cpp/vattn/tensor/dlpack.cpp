@@ -45,8 +45,8 @@ struct Managed {
 
 }  // namespace
 
-DLManagedTensor* to_dlpack(Address address, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides, DType dtype,
-                           TensorDevice device, int device_index, std::shared_ptr<Buffer> owner) {
+DLManagedTensor* to_dlpack(Address address, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
+                           DType dtype, TensorDevice device, int device_index, std::shared_ptr<Buffer> owner) {
   if (device == TensorDevice::kMeta) throw std::invalid_argument("to_dlpack: a view on meta has no memory to hand over");
   auto managed = std::make_unique<Managed>();
   managed->shape.assign(shape.begin(), shape.end());
@@ -54,7 +54,7 @@ DLManagedTensor* to_dlpack(Address address, std::span<const std::int64_t> shape,
   managed->owner = std::move(owner);
   const DTypeInfo& info = info_of(dtype);
   DLTensor& tensor = managed->tensor.dl_tensor;
-  tensor.data = reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr): addresses are numbers here
+  tensor.data = reinterpret_cast<void*>(address);
   tensor.device = {device == TensorDevice::kCuda ? kDlCuda : kDlCpu, device_index};
   tensor.ndim = static_cast<std::int32_t>(shape.size());
   tensor.dtype = {info.dlpack_code, static_cast<std::uint8_t>(info.bytes * 8), 1};
@@ -63,7 +63,7 @@ DLManagedTensor* to_dlpack(Address address, std::span<const std::int64_t> shape,
   tensor.byte_offset = 0;
   managed->tensor.manager_ctx = managed.get();
   managed->tensor.deleter = [](DLManagedTensor* self) {
-    delete static_cast<Managed*>(self->manager_ctx);  // NOLINT(cppcoreguidelines-owning-memory): DLPack's contract
+    delete static_cast<Managed*>(self->manager_ctx);  // DLPack's contract
   };
   return &managed.release()->tensor;
 }

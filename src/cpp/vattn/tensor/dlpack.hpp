@@ -1,8 +1,7 @@
 // Hands a view to any framework that speaks DLPack (https://dmlc.github.io/dlpack): torch, JAX, CuPy, a pybind11 engine.
 //
-// The result owns a reference to the memory; its deleter drops it, on whatever thread and however late that is. 8-bit floats are
-// exported as unsigned bytes, since not every consumer knows their codes: reinterpret them there.
-// Thread: any.
+// The result owns a reference to the memory; its deleter drops it, on whatever thread and however late that is. 8-bit floats
+// are exported as unsigned bytes, since not every consumer knows their codes: reinterpret them there. Thread: any.
 #pragma once
 
 #include <span>

@@ -57,8 +57,8 @@ std::unique_lock<std::mutex> GrowableTensor::lock() const {
 
 void GrowableTensor::check_memory_limit(std::int64_t bytes) const {
   if (bytes >= page_size_) return;
-  throw std::invalid_argument("memory_limit=" + std::to_string(bytes) + " must be at least one page, " + std::to_string(page_size_) +
-                              " bytes: raise it, or use a smaller page_size");
+  throw std::invalid_argument("memory_limit=" + std::to_string(bytes) + " must be at least one page, " +
+                              std::to_string(page_size_) + " bytes: raise it, or use a smaller page_size");
 }
 
 std::size_t GrowableTensor::pages_for(std::int64_t rows) const noexcept {
@@ -68,7 +68,8 @@ std::size_t GrowableTensor::pages_for(std::int64_t rows) const noexcept {
 void GrowableTensor::resize(std::int64_t rows) {
   const auto held = lock();
   if (rows < 0 || rows > config_.max_rows) {
-    throw std::invalid_argument("n=" + std::to_string(rows) + " rows must be between 0 and max_rows=" + std::to_string(config_.max_rows));
+    throw std::invalid_argument("n=" + std::to_string(rows) +
+                                " rows must be between 0 and max_rows=" + std::to_string(config_.max_rows));
   }
   Row& row = buffer_->row(0);
   const std::size_t pages = pages_for(rows);
@@ -79,7 +80,8 @@ void GrowableTensor::resize(std::int64_t rows) {
     const std::uint64_t page = pool_->page_size();
     if (growth.missing_pages() > available) {
       throw OutOfMemoryError("resize: " + std::to_string(growth.missing_pages() * page) + " bytes more are needed, " +
-                                 std::to_string(available * page) + " of memory_limit=" + std::to_string(pool_->usage().limit_bytes) +
+                                 std::to_string(available * page) +
+                                 " of memory_limit=" + std::to_string(pool_->usage().limit_bytes) +
                                  " are available. Nothing changed: ask for fewer rows, or raise memory_limit",
                              growth.missing_pages() * page, available * page, pool_->usage().limit_bytes);
     }
@@ -101,7 +103,8 @@ std::int64_t GrowableTensor::rows() const {
 
 GrowableTensor::View GrowableTensor::view() const {
   const auto held = lock();
-  View view{buffer_->base(), {rows_}, config_.dtype, driver_->traits().tensor_device, driver_->traits().tensor_device_index, buffer_};
+  View view{buffer_->base(), {rows_}, config_.dtype, driver_->traits().tensor_device, driver_->traits().tensor_device_index,
+            buffer_};
   view.shape.insert(view.shape.end(), config_.row_shape.begin(), config_.row_shape.end());
   return view;
 }

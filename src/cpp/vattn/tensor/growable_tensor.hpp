@@ -1,8 +1,8 @@
 // GrowableTensor: one tensor whose rows arrive over time, at addresses that never change and without a copy.
 //
 // Like a vector that never reallocates: max_rows rows of addresses are reserved, pages are mapped behind the rows in use.
-// resize is all or nothing; making it smaller gives whole pages back to the tensor's pool. Views stay valid as long as they live.
-// Errors and threads: as for KVCache.
+// resize is all or nothing; making it smaller gives whole pages back to the tensor's pool. Views stay valid as long as they
+// live. Errors and threads: as for KVCache.
 #pragma once
 
 #include <memory>

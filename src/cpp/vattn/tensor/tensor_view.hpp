@@ -28,7 +28,7 @@ struct TensorView {
   template <typename T = void>
   [[nodiscard]] T* data() const noexcept {
     if (device == TensorDevice::kMeta) return nullptr;
-    return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr): addresses are numbers here
+    return reinterpret_cast<T*>(address);
   }
 };
 

@@ -13,7 +13,18 @@
 namespace vattn {
 
 /// The verbs that change something, or make a caller wait.
-enum class Verb : std::uint8_t { kReserve, kReleaseRange, kCreate, kRelease, kMap, kUnmap, kSetAccess, kFillZero, kCopy, kSynchronize };
+enum class Verb : std::uint8_t {
+  kReserve,
+  kReleaseRange,
+  kCreate,
+  kRelease,
+  kMap,
+  kUnmap,
+  kSetAccess,
+  kFillZero,
+  kCopy,
+  kSynchronize
+};
 constexpr std::size_t kVerbs = 10;
 
 [[nodiscard]] constexpr const char* name_of(Verb verb) noexcept {

@@ -17,12 +17,12 @@ class VATTN_API FaultDriver final : public Decorator {
   using Decorator::Decorator;
 
   struct Fault {
-    std::uint64_t call = 1;            ///< which call from now on fails first; 1 is the next
-    bool sticky = false;               ///< every later one fails too
-    std::optional<Verb> verb{};        ///< only calls of this verb count; none: of every verb
-    int code = 5;                      ///< the code the error carries
-    std::string name = "EIO";          ///< and the code's name
-    bool out_of_memory = false;        ///< throw OutOfMemoryError instead, as create does when memory is out
+    std::uint64_t call = 1;      ///< which call from now on fails first; 1 is the next
+    bool sticky = false;         ///< every later one fails too
+    std::optional<Verb> verb{};  ///< only calls of this verb count; none: of every verb
+    int code = 5;                ///< the code the error carries
+    std::string name = "EIO";    ///< and the code's name
+    bool out_of_memory = false;  ///< throw OutOfMemoryError instead, as create does when memory is out
   };
 
   void arm(Fault fault) {

@@ -73,7 +73,9 @@ MemoryInfo Headroom::read() {
   const std::uint64_t total = read_field(meminfo, "MemTotal:").value_or(0) << 10;
   const std::optional<std::uint64_t> free_now = read_field(meminfo, "MemAvailable:");
   if (!free_now) {
-    throw system_error("open", errno, meminfo + " says how much memory is left: where no file descriptor is, close files or raise RLIMIT_NOFILE");
+    throw system_error(
+        "open", errno,
+        meminfo + " says how much memory is left: where no file descriptor is, close files or raise RLIMIT_NOFILE");
   }
   std::uint64_t available = *free_now << 10;
   available -= std::min(available, reserve_of(total));

@@ -38,8 +38,8 @@ class Headroom {
 
   std::string root_;
   std::vector<Cgroup> cgroups_;
-  std::string tightest_;          ///< which bound the last reading found, for the message
-  std::uint64_t credit_ = 0;      ///< bytes that may still be taken on the last reading
+  std::string tightest_;      ///< which bound the last reading found, for the message
+  std::uint64_t credit_ = 0;  ///< bytes that may still be taken on the last reading
   std::chrono::steady_clock::time_point read_at_{};
 };
 

@@ -30,7 +30,7 @@ constexpr std::uint64_t kLastOffset = static_cast<std::uint64_t>(std::numeric_li
 constexpr PageHandle handle_at(std::uint64_t offset) { return offset + 1; }
 constexpr std::uint64_t offset_of(PageHandle page) { return page - 1; }
 
-void* pointer(Address at) { return reinterpret_cast<void*>(at); }  // NOLINT(performance-no-int-to-ptr): addresses are numbers here
+void* pointer(Address at) { return reinterpret_cast<void*>(at); }
 
 constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -89,7 +89,8 @@ class HostDriver final : public Driver {
     if (offset < kFirstWindow) unplaced_.erase(offset);
   }
   using Mappings = std::map<Address, MappingTable::Mapping>;
-  std::int64_t extents_around(const MappingTable::Range& range, Mappings::const_iterator first, Address at, std::size_t size) const;
+  std::int64_t extents_around(const MappingTable::Range& range, Mappings::const_iterator first, Address at,
+                              std::size_t size) const;
 
   Generation generation_;
   std::size_t granularity_;
@@ -101,7 +102,7 @@ class HostDriver final : public Driver {
   host::MappingWall wall_;
   std::uint64_t next_window_ = kFirstWindow;
   std::map<std::uint64_t, std::size_t> unplaced_;  ///< pages in the compact region, by offset
-  std::int64_t extents_ = 0;  ///< kernel mappings that this driver's reservations are made of
+  std::int64_t extents_ = 0;                       ///< kernel mappings that this driver's reservations are made of
 };
 
 int protection(UnmappedReads reads) { return reads == UnmappedReads::kZeros ? PROT_READ : PROT_NONE; }
@@ -124,10 +125,11 @@ Address HostDriver::reserve(std::size_t size, UnmappedReads reads) {
   if (got == MAP_FAILED) {
     const int code = errno;
     if (code != ENOMEM) throw host::system_error("mmap", code, "reserve " + std::to_string(size) + " bytes");
-    throw OutOfMemoryError("reserve: " + std::to_string(size) +
-                               " bytes of addresses are not to be had (address space, RLIMIT_AS or vm.max_map_count): reserve less, "
-                               "or raise the limit (ulimit -v)",
-                           size, 0, 0);
+    throw OutOfMemoryError(
+        "reserve: " + std::to_string(size) +
+            " bytes of addresses are not to be had (address space, RLIMIT_AS or vm.max_map_count): reserve less, "
+            "or raise the limit (ulimit -v)",
+        size, 0, 0);
   }
   const auto start = reinterpret_cast<Address>(got);
   const Address base = slack != 0 ? round_up(start, kHugePage) : start;
@@ -166,8 +168,8 @@ std::uint64_t HostDriver::find_unplaced(std::size_t size) const {
   return offset;
 }
 
-/// The place of a page of `size` bytes at `at`, if it has one. A window holds pages of one size on multiples of it, so that whether
-/// a place is taken is one look-up.
+/// The place of a page of `size` bytes at `at`, if it has one. A window holds pages of one size on multiples of it, so that
+/// whether a place is taken is one look-up.
 std::optional<std::uint64_t> HostDriver::place_of(const MappingTable::Range* range, Address at, std::size_t size) const {
   if (range == nullptr) return std::nullopt;
   const std::uint64_t in_range = at - range->base;

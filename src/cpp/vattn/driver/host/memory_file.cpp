@@ -62,7 +62,8 @@ void MemoryFile::allocate(std::uint64_t offset, std::size_t size) const {
     code = ::fallocate(descriptor_, 0, static_cast<off_t>(offset), static_cast<off_t>(size)) == 0 ? 0 : errno;
   } while (code == EINTR);
   if (code == ENOSPC || code == ENOMEM) {
-    throw OutOfMemoryError("create: fallocate of " + std::to_string(size) + " bytes: the system has no memory left", size, 0, 0);
+    throw OutOfMemoryError("create: fallocate of " + std::to_string(size) + " bytes: the system has no memory left", size, 0,
+                           0);
   }
   if (code != 0) throw system_error("fallocate", code, std::to_string(size) + " bytes");
   std::uint64_t end = end_.load(std::memory_order_relaxed);

@@ -1,0 +1,68 @@
+# vattn. `make demo` shows it, `make test` proves it; both set everything up themselves, inside this folder.
+#
+# Needs Python 3.10 or newer and a C++20 compiler. Everything else goes into .venv; only GoogleTest, for the C++ tests, comes from the
+# system (installed here when run as root on Debian, asked for otherwise).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/test
+READY := $(VENV)/.ready
+JOBS ?= $(shell nproc)
+
+.PHONY: help demo test test-gpu test-cpp test-python lint format stubs bench wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | column -t -s :
+
+demo: $(READY)  ## generate text with and without vattn, then replay a trace (about a minute)
+	$(BIN)/python -m vattn demo
+
+test: test-cpp test-python  ## every test that needs no GPU
+
+# The C++ tests run the CUDA driver on the fake libcuda; so do the Python ones, through VATTN_FAKE_CUDA.
+test-cpp: $(READY) $(BUILD)/build.ninja
+	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
+	VATTN_CUDA_LIBRARY=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BUILD)/tests/vattn_tests --gtest_brief=1
+
+test-python: test-cpp
+	VATTN_FAKE_CUDA=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BIN)/python -m pytest
+
+test-gpu: $(READY) $(BUILD)/build.ninja  ## the CUDA driver's tests, unchanged, on the GPU of this machine
+	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
+	VATTN_TEST_GPU=1 $(BUILD)/tests/vattn_tests --gtest_filter='*uda*' --gtest_brief=1
+	VATTN_TEST_GPU=1 $(BIN)/python -m pytest -k "cuda"
+
+lint: $(READY)  ## ruff, mypy, clang-format, clang-tidy, the include rule
+	scripts/lint $(BIN) $(BUILD)
+
+format: $(READY)  ## let the formatters have their way
+	$(BIN)/ruff format python tests/python bench scripts examples
+	$(BIN)/ruff check --fix python tests/python bench scripts examples
+	git ls-files '*.cpp' '*.hpp' '*.h' | xargs $(BIN)/clang-format -i
+
+stubs: $(READY)  ## write python/vattn/_core.pyi anew from the extension
+	$(BIN)/python -m nanobind.stubgen -m vattn._core -o python/vattn/_core.pyi
+
+bench: $(READY)  ## the figures of the first issue, as JSON lines (docs/performance.md says what each is)
+	scripts/bench $(BIN)
+
+wheel: $(READY)  ## dist/vattn-*.whl
+	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(BUILD)/build.ninja: $(READY) CMakeLists.txt src/CMakeLists.txt tests/CMakeLists.txt
+	scripts/need_gtest
+	$(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
+
+# The environment: torch first, pinned where there is none, since the newest build of it would bring gigabytes of CUDA along.
+# Editable, so that a change in Python is seen at once; a change in C++ or here builds the extension again.
+$(READY): pyproject.toml CMakeLists.txt $(shell git ls-files src cmake 2>/dev/null)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=1.0" "nanobind>=3.1,<4" "nanobind-backend>=1.0" "cmake>=3.25,<4" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,cli,lint]"
+	touch $(READY)
