@@ -21,8 +21,10 @@ std::optional<T> one_of(const std::optional<std::string>& value, const char* par
                               "\"");
 }
 
+using Views = nb::typed<nb::tuple, nb::any, nb::any>;
+
 template <std::size_t Rank>
-nb::tuple to_python(const vattn::KVView<Rank>& views) {
+Views to_python(const vattn::KVView<Rank>& views) {
   return nb::make_tuple(to_torch(views.k), views.v ? to_torch(*views.v) : nb::none());
 }
 
@@ -57,21 +59,21 @@ nb::object fits(const KVCache& cache, nb::handle value) {
   return nb::bool_(result);
 }
 
-nb::tuple view(const KVCache& cache, std::int64_t layer, std::int64_t slot) {
+Views view(const KVCache& cache, std::int64_t layer, std::int64_t slot) {
   return to_python([&] {
     const nb::gil_scoped_release release;
     return cache.view(layer, slot);
   }());
 }
 
-nb::tuple batch(const KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length) {
+Views batch(const KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length) {
   return to_python([&] {
     const nb::gil_scoped_release release;
     return cache.batch(layer, slots, length);
   }());
 }
 
-nb::tuple layer(const KVCache& cache, std::int64_t index) {
+Views layer(const KVCache& cache, std::int64_t index) {
   return to_python([&] {
     const nb::gil_scoped_release release;
     return cache.layer(index);
@@ -79,7 +81,7 @@ nb::tuple layer(const KVCache& cache, std::int64_t index) {
 }
 
 /// In the order of vattn.Stats.
-nb::tuple stats(const KVCache& cache) {
+nb::typed<nb::tuple, nb::int_, nb::ellipsis> stats(const KVCache& cache) {
   vattn::CacheStats now;
   {
     const nb::gil_scoped_release release;

@@ -7,7 +7,7 @@
 
 namespace {
 
-nb::dict probe_cuda() {
+nb::typed<nb::dict, nb::str, nb::any> probe_cuda() {
   vattn::CudaInfo info;
   {
     const nb::gil_scoped_release release;
@@ -30,7 +30,7 @@ nb::dict probe_cuda() {
   return result;
 }
 
-nb::dict probe_host() {
+nb::typed<nb::dict, nb::str, nb::any> probe_host() {
   vattn::MemoryInfo memory;
   vattn::DriverTraits traits;
   {
@@ -48,7 +48,7 @@ nb::dict probe_host() {
   return result;
 }
 
-nb::list dtypes() {
+nb::typed<nb::list, nb::str> dtypes() {
   nb::list names;
   for (const vattn::DTypeInfo& info : vattn::kDTypes) names.append(nb::str(info.name.data(), info.name.size()));
   return names;

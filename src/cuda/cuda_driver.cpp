@@ -68,6 +68,10 @@ class CudaDriver final : public Driver {
   [[nodiscard]] DriverTraits ask_traits() const;
   void check_process() const { generation_.check("this CUDA driver"); }
   void check_accessible(const char* verb, Address at, std::size_t size);
+  [[nodiscard]] bool is_ours(Address at, std::size_t size) {
+    const std::lock_guard lock(mutex_);
+    return table_.touches(at, size);
+  }
   void forget_mappings(Address at, std::size_t size) noexcept;
   void return_leftovers() noexcept;
 
@@ -243,7 +247,7 @@ void CudaDriver::fill_zero(Address at, std::size_t size) {
 void CudaDriver::copy(Address to, Address from, std::size_t size) {
   check_process();
   check_accessible("copy", to, size);
-  check_accessible("copy", from, size);
+  if (is_ours(from, size)) check_accessible("copy", from, size);
   if (std::max(to, from) - std::min(to, from) < size) {
     throw std::invalid_argument("copy: " + bytes_at(size, to) + " and at " + hex(from) + " overlap");
   }

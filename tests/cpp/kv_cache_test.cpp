@@ -273,6 +273,19 @@ TEST_P(KVCacheTest, WriteCopiesTokensToTheirPlaces) {
   }
 }
 
+TEST_P(KVCacheTest, WriteTakesTokensFromMemoryThatIsNotVattns) {
+  if (driver_->traits().name != std::string("host"))
+    GTEST_SKIP() << "an ordinary buffer of the device's memory: the host's is any";
+  const auto cache = make();
+  cache->alloc();
+  cache->step({{0, 1}});
+  const std::vector<unsigned char> ordinary(2 * 16 * 2, 9);
+  const auto from = reinterpret_cast<Address>(ordinary.data());
+  const std::vector<std::int64_t> zero{0};
+  cache->write(0, zero, zero, from, from);
+  expect(cache->view(0, 0).v->address, 9, 32);
+}
+
 TEST_P(KVCacheTest, ThreadsMayCallAnythingAtOnce) {
   config_.max_batch_size = 8;
   const auto cache = make();

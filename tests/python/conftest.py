@@ -37,6 +37,8 @@ FAKE_CUDA = None if ON_GPU else find_fake_cuda()
 if FAKE_CUDA:
     # Before the first use of cuda in this process. Children inherit it.
     os.environ["VATTN_CUDA_LIBRARY"] = FAKE_CUDA
+    # Pages may be as small as the host's, so that the same test costs the same on both.
+    os.environ.setdefault("VATTN_FAKE_CUDA_GRANULARITY", str(64 << 10))
 
 
 @pytest.fixture(params=["cpu", "meta", "cuda"])
@@ -52,8 +54,8 @@ def skip_without_cuda() -> None:
         pytest.skip("no libfake_cuda.so: build it with cmake -S . -B build/dev -G Ninja && ninja -C build/dev")
 
 
-#: Bytes of a page where no page_size is given.
-PAGE = {"cpu": 64 << 10, "meta": 2 << 20, "cuda": 2 << 20}
+#: Bytes of a page of :func:`make_cache`.
+PAGE = {"cpu": 64 << 10, "meta": 2 << 20, "cuda": 2 << 20 if ON_GPU else 64 << 10}
 #: Tokens a page of :func:`make_cache` holds in one tensor.
 TOKENS = 4
 
@@ -64,7 +66,7 @@ def make_cache(device: str, **more: Any) -> vattn.KVCache:
     Two layers of K and V: a page group is four pages, and four tokens of one slot take one.
     """
     shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "max_batch_size": 4, "max_seq_len": 64}
-    shape |= {"dtype": torch.float32, "device": device, "layout": "NHD", **more}
+    shape |= {"dtype": torch.float32, "device": device, "layout": "NHD", "page_size": PAGE[device], **more}
     itemsize = shape["dtype"].itemsize
     heads_together = 1 if shape["layout"] == "HND" else shape["num_kv_heads"] * shape.get("layers_per_tensor", 1)
     shape.setdefault("head_dim", PAGE[device] // (TOKENS * heads_together * itemsize))

@@ -91,7 +91,8 @@ class VATTN_API Driver {
   /// Sets accessible bytes to zero. Done when it returns.
   virtual void fill_zero(Address at, std::size_t size) = 0;
 
-  /// Copies between accessible ranges that do not overlap. Done when it returns.
+  /// Copies to an accessible range from another one, or from memory of the device that is in no reservation of this driver's
+  /// (which it cannot check); the two do not overlap. Done when it returns.
   virtual void copy(Address to, Address from, std::size_t size) = 0;
 
   /// Waits until no work started before it can touch this driver's memory.

@@ -39,6 +39,12 @@ const MappingTable::Range* MappingTable::find(Address at) const noexcept {
   return at - it->first < it->second.size ? &it->second : nullptr;
 }
 
+bool MappingTable::touches(Address at, std::size_t size) const noexcept {
+  if (find(at) != nullptr) return true;
+  const auto next = ranges_.upper_bound(at);
+  return next != ranges_.end() && next->first - at < size;
+}
+
 MappingTable::Range* MappingTable::find(Address at) noexcept {
   return const_cast<Range*>(static_cast<const MappingTable*>(this)->find(at));
 }

@@ -63,6 +63,9 @@ class MappingTable {
   /// Throws unless every byte of the range is mapped.
   void check_mapped(const char* verb, Address at, std::size_t size) const;
 
+  /// Whether any byte of it lies in a reservation.
+  [[nodiscard]] bool touches(Address at, std::size_t size) const noexcept;
+
   /// The range around `at`, or nullptr.
   [[nodiscard]] const Range* find(Address at) const noexcept;
   [[nodiscard]] Range* find(Address at) noexcept;

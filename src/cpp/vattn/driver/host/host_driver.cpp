@@ -71,7 +71,7 @@ class HostDriver final : public Driver {
 
   void copy(Address to, Address from, std::size_t size) override {
     check_accessible("copy", to, size);
-    check_accessible("copy", from, size);
+    check_source(from, size);
     std::memcpy(pointer(to), pointer(from), size);
   }
 
@@ -82,6 +82,10 @@ class HostDriver final : public Driver {
     generation_.check("this host driver");
     const std::lock_guard lock(mutex_);
     table_.check_mapped(verb, at, size);
+  }
+  void check_source(Address from, std::size_t size) {
+    const std::lock_guard lock(mutex_);
+    if (table_.touches(from, size)) table_.check_mapped("copy", from, size);
   }
   std::optional<std::uint64_t> place_of(const MappingTable::Range* range, Address at, std::size_t size) const;
   std::uint64_t find_unplaced(std::size_t size) const;
