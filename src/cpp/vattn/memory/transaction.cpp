@@ -1,5 +1,6 @@
 #include "vattn/memory/transaction.hpp"
 
+#include <algorithm>
 #include <iterator>
 
 namespace vattn {
@@ -29,7 +30,10 @@ void Transaction::take_pages() {
     if (run.target <= have) continue;
     // Room for all of them now, so that nothing after the driver calls can fail for want of it.
     run.taken.reserve(run.target - have);
-    run.row->pages_.reserve(run.target);
+    if (run.row->pages_.capacity() < run.target) {
+      // Twice as much at least: a row that grows page by page must not be copied at every page.
+      run.row->pages_.reserve(std::max(run.target, 2 * run.row->pages_.capacity()));
+    }
     for (std::size_t page = have; page < run.target; ++page) run.taken.push_back(pool_.take(address(*run.row, page)));
   }
 }

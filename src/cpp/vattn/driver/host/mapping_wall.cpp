@@ -49,7 +49,8 @@ void MappingWall::check(std::int64_t own, std::int64_t more) {
                            0, 0, 0);
   }
   own_at_reading_ = own;
-  allowance_ = std::max(left / 8, more);
+  // Never more than the reserve, so that mappings of others, unseen until the next reading, cannot bring the wall itself near.
+  allowance_ = std::max(std::min(left / 8, kReserve), more);
 }
 
 }  // namespace vattn::host

@@ -1,8 +1,8 @@
 // How many more mappings the kernel allows this process (vm.max_map_count, 65,530 by default).
 //
 // At the wall even putting a page back fails, so the host driver stops 1,000 short of it. The whole process shares the wall:
-// the driver counts its own mappings exactly and reads /proc/self/maps again whenever it used an eighth of what was left, so
-// that several drivers and other libraries cannot run into it together unseen.
+// the driver counts its own mappings exactly and reads /proc/self/maps again whenever it used an eighth of what was left, or as
+// many as the reserve, so that several drivers and other libraries cannot run into it together unseen.
 // Thread: none of its own; the driver that owns it locks.
 #pragma once
 
