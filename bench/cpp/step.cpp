@@ -1,8 +1,9 @@
 // What does a step cost that grows nothing? 256 active slots, one length each.
 //
 //   bench_step            medians of many rounds, as JSON
-//   bench_step --count    1,000 steps and no clock, for valgrind --tool=callgrind --toggle-collect='*try_step*'
+//   bench_step --count N  N steps and no clock: the difference of two callgrind runs is the cost of a step in instructions
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "timing.hpp"
@@ -23,8 +24,8 @@ int main(int argc, char** argv) {
   const auto steps = [&] {
     for (int i = 0; i < kSteps; ++i) cache.step(std::span<const std::int64_t>(lengths));
   };
-  if (argc > 1 && std::strcmp(argv[1], "--count") == 0) {
-    steps();
+  if (argc > 2 && std::strcmp(argv[1], "--count") == 0) {
+    for (long i = std::atol(argv[2]); i > 0; --i) cache.step(std::span<const std::int64_t>(lengths));
     return 0;
   }
   std::vector<double> rounds;

@@ -65,11 +65,12 @@ def make_cache(device: str, **more: Any) -> vattn.KVCache:
 
     Two layers of K and V: a page group is four pages, and four tokens of one slot take one.
     """
+    page = PAGE[device.partition(":")[0]]
     shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "max_batch_size": 4, "max_seq_len": 64}
-    shape |= {"dtype": torch.float32, "device": device, "layout": "NHD", "page_size": PAGE[device], **more}
+    shape |= {"dtype": torch.float32, "device": device, "layout": "NHD", "page_size": page, **more}
     if "head_dim" not in shape:
         heads_together = 1 if shape["layout"] == "HND" else shape["num_kv_heads"] * shape.get("layers_per_tensor", 1)
-        shape["head_dim"] = PAGE[device] // (TOKENS * heads_together * shape["dtype"].itemsize)
+        shape["head_dim"] = page // (TOKENS * heads_together * shape["dtype"].itemsize)
     return vattn.KVCache(**shape)
 
 

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import vattn
-from conftest import FAKE_CUDA, ON_GPU
+from conftest import FAKE_CUDA, ON_GPU, TOKENS, make_cache
 
 pytestmark = pytest.mark.skipif(ON_GPU or FAKE_CUDA is None, reason="needs the fake driver library")
 
-ILLEGAL_ADDRESS = 700
+INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN = 1, 2, 700, 999
 PAGE = 2 << 20
+
+
+class Counts(ctypes.Structure):
+    """``fake_cuda_counts``: what is alive."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            "handles",
+            "handle_references",
+            "mappings",
+            "reservations",
+            "context_references",
+            "streams",
+            "work",
+            "bytes",
+            "null_stream_work",
+        )
+    )
+
+    def alive(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name, _ in self._fields_ if name not in ("null_stream_work", "streams")}
+
+
+def alive(fake: ctypes.CDLL) -> dict[str, int]:
+    counts = Counts()
+    fake.fake_cuda_count(ctypes.byref(counts))
+    return counts.alive()
 
 
 @pytest.fixture
@@ -22,6 +51,12 @@ def fake() -> Iterator[ctypes.CDLL]:
     library = ctypes.CDLL(str(FAKE_CUDA))
     library.fake_cuda_fail.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
     library.fake_cuda_violations.restype = ctypes.c_uint64
+    library.fake_cuda_faults_fired.restype = ctypes.c_uint64
+    library.fake_cuda_kernel_begin.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    library.fake_cuda_kernel_begin.restype = ctypes.c_uint64
+    library.fake_cuda_kernel_end.argtypes = [ctypes.c_uint64]
+    library.fake_cuda_clear_faults()
+    gc.collect()
     yield library
     library.fake_cuda_clear_faults()
     assert library.fake_cuda_violations() == 0
@@ -51,3 +86,162 @@ def test_refused_driver_call_is_a_driver_error_with_call_code_and_name(fake: cty
         assert (caught.value.call, caught.value.code, caught.value.name) == ("cuMemMap", 1, "CUDA_ERROR_INVALID_VALUE")
         assert cache.seq_len(slot) == 0
         cache.step({slot: 8})
+
+
+def seen(cache: vattn.KVCache) -> tuple[object, ...]:
+    """Everything that a failed operation must leave as it was."""
+    now = cache.stats()
+    lengths = [(slot, cache.seq_len(slot), cache.committed_len(slot)) for slot in cache.slots()]
+    return lengths, now.created_bytes, now.mapped_bytes, now.pooled_bytes, now.used_bytes, now.available_bytes
+
+
+def prepared(**more: object) -> vattn.KVCache:
+    """Two slots with tokens, some pages in the pool."""
+    cache = make_cache("cuda", memory_limit="64MiB", **more)
+    cache.alloc_block(3)
+    cache.step([5, 9, 2, 0])
+    for slot in (0, 1):
+        cache.view(0, slot)[0].fill_(slot + 1)
+    cache.free(2)
+    return cache
+
+
+@pytest.mark.parametrize("code", [INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN])
+@pytest.mark.parametrize("more", [{}, {"guard_tokens": 2}, {"scrub": True}, {"layout": "HND"}], ids=str)
+def test_step_with_any_one_call_failing_changes_nothing_and_the_retry_succeeds(
+    fake: ctypes.CDLL, code: int, more: dict[str, object]
+) -> None:
+    untouched = alive(fake)
+    reached = 0
+    for k in range(1, 500):
+        with prepared(**more) as cache:
+            before, handles = seen(cache), alive(fake)
+            fired = fake.fake_cuda_faults_fired()
+            fake.fake_cuda_fail(None, k, code, 0)
+            failed = True
+            try:
+                cache.step([2 * TOKENS, 3 * TOKENS + 1, 0, 0])
+                failed = False
+            except vattn.OutOfMemoryError:
+                assert code == OUT_OF_MEMORY
+            except vattn.DriverError as error:
+                assert error.code == code
+                assert error.call.startswith("cu")
+            over = fake.fake_cuda_faults_fired() == fired
+            fake.fake_cuda_clear_faults()
+            if failed:
+                assert seen(cache) == before, f"call {k}"
+                assert alive(fake) == handles, f"call {k}"
+                cache.step([2 * TOKENS, 3 * TOKENS + 1, 0, 0])
+            assert (cache.seq_len(0), cache.seq_len(1)) == (2 * TOKENS, 3 * TOKENS + 1)
+            assert bool((cache.view(0, 0)[0][:5] == 1).all())
+            assert bool((cache.view(0, 1)[0][:9] == 2).all())
+            reached = k
+        del cache
+        assert alive(fake) == untouched, f"call {k}: close returns everything"
+        if over:
+            break
+    assert reached > 20, "the growth takes many calls"
+
+
+OPERATIONS: dict[str, Callable[[vattn.KVCache], object]] = {
+    "step": lambda cache: cache.step([4 * TOKENS, 4 * TOKENS, 0, 0]),
+    "truncate": lambda cache: cache.truncate(1, 1),
+    "free": lambda cache: cache.free(1),
+    "memory_limit": lambda cache: setattr(cache, "memory_limit", "2MiB"),
+    "alloc": lambda cache: cache.alloc(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("guard", [0, 2])
+def test_driver_that_fails_for_ever_never_ends_the_process_nor_breaks_the_counts(
+    fake: ctypes.CDLL, name: str, guard: int
+) -> None:
+    untouched = alive(fake)
+    for k in range(1, 40):
+        cache = prepared(guard_tokens=guard)
+        fake.fake_cuda_fail(None, k, UNKNOWN, 1)
+        try:
+            OPERATIONS[name](cache)
+            failed = False
+        except vattn.Error:
+            failed = True
+        fake.fake_cuda_clear_faults()
+        now = cache.stats()
+        assert now.created_bytes == now.mapped_bytes + now.pooled_bytes + now.retired_bytes
+        if failed:
+            assert cache.slots() == [0, 1]
+            assert (cache.seq_len(0), cache.seq_len(1)) == (5, 9)
+            OPERATIONS[name](cache)
+        cache.close()
+        del cache
+        assert alive(fake) == untouched, f"call {k}"
+        if not failed and name in ("step", "alloc"):
+            break
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 13, 21, 34])
+def test_close_under_failure_is_an_error_that_counts_what_is_left(fake: ctypes.CDLL, k: int) -> None:
+    cache = prepared()
+    fake.fake_cuda_fail(None, k, UNKNOWN, 1)
+    try:
+        cache.close()
+    except vattn.Error as error:
+        assert "would not take back" in str(error)
+    fake.fake_cuda_clear_faults()
+    assert cache.is_closed
+    cache.close()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def test_cache_that_cannot_be_made_leaves_nothing_behind(fake: ctypes.CDLL, k: int) -> None:
+    untouched = alive(fake)
+    fake.fake_cuda_fail(None, k, UNKNOWN, 0)
+    try:
+        prepared().close()
+    except vattn.Error as error:
+        assert isinstance(error, vattn.DriverError | vattn.OutOfMemoryError)
+    fake.fake_cuda_clear_faults()
+    gc.collect()
+    assert alive(fake) == untouched
+
+
+@pytest.mark.parametrize("name", ["free", "truncate", "memory_limit", "close", "drop"])
+def test_running_kernel_is_waited_for_before_its_memory_is_taken(fake: ctypes.CDLL, name: str) -> None:
+    cache = prepared()
+    k, _ = cache.view(0, 1)
+    kernel = fake.fake_cuda_kernel_begin(k.data_ptr(), k.numel() * 4)
+    assert kernel != 0
+    del k
+    if name == "close":
+        cache.close()
+    elif name == "drop":
+        del cache
+        gc.collect()
+    else:
+        if name == "memory_limit":
+            cache.free(1)
+        OPERATIONS[name](cache)
+    assert fake.fake_cuda_kernel_end(kernel) == 0, "it had ended"
+    assert fake.fake_cuda_violations() == 0
+
+
+def test_step_does_not_wait_for_running_kernels(fake: ctypes.CDLL) -> None:
+    with prepared() as cache:
+        k, _ = cache.view(0, 1)
+        kernel = fake.fake_cuda_kernel_begin(k.data_ptr(), k.numel() * 4)
+        cache.step({0: 9, 1: 17})
+        assert fake.fake_cuda_kernel_end(kernel) == 1, "it was still running"
+
+
+def test_device_without_memory_is_out_of_memory(fake: ctypes.CDLL) -> None:
+    with prepared() as cache:
+        before = seen(cache)
+        fake.fake_cuda_fail(b"cuMemCreate", 3, OUT_OF_MEMORY, 1)
+        with pytest.raises(vattn.OutOfMemoryError) as caught:
+            cache.step([0, 12 * TOKENS, 0, 0])
+        assert caught.value.needed_bytes > 0
+        fake.fake_cuda_clear_faults()
+        assert seen(cache) == before
+        cache.step([0, 12 * TOKENS, 0, 0])

@@ -1,7 +1,7 @@
 """Random programs against a reference model of a KVCache, on the host and on meta.
 
 The model is what a user may count on, in a hundred lines: lengths, which tokens have memory, bytes by the page, what fits the
-budget, and the contents of every token. ``VATTN_MODEL_EXAMPLES`` runs more of them (25 by default).
+budget, and the contents of every token. ``VATTN_MODEL_EXAMPLES`` runs more of them (300 by default).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import vattn
 
 SLOTS, LAYERS, HEADS, LONGEST = 5, 2, 2, 48
 PAGES = {"cpu": 4096, "meta": 2 << 20}
-EXAMPLES = int(os.environ.get("VATTN_MODEL_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("VATTN_MODEL_EXAMPLES", "300"))
 
 slots_given = st.integers(-1, SLOTS)
 lengths_given = st.one_of(st.integers(0, LONGEST), st.integers(0, 9), st.sampled_from([-1, LONGEST + 1]))

@@ -6,7 +6,7 @@ the end of the test run.
 
 from __future__ import annotations
 
-from conftest import check_child
+from conftest import FAKE_CUDA, ON_GPU, check_child
 
 SMALL = """
 import gc, os, resource, vattn
@@ -114,4 +114,313 @@ except vattn.OutOfMemoryError:
     assert (after.created_bytes, after.used_bytes, live.seq_len(slot)) == (before.created_bytes, 0, 0)
 """,
         timeout=20,
+    )
+
+
+def test_forked_child_gets_closed_error_from_every_method_and_the_parent_is_unharmed() -> None:
+    check_child(
+        SMALL
+        + """
+import torch
+live, meta, growing = cache(), cache(device="meta"), vattn.GrowableTensor((4,), 100, torch.float32)
+for one in (live, meta):
+    one.step({one.alloc(): 10})
+growing.resize(5)
+kept = live.view(0, 0)[0]
+kept.fill_(3)
+new = torch.ones(1, 1, 64)
+calls = []
+for one in (live, meta):
+    calls += [one.alloc, lambda: one.alloc_block(1), lambda: one.free(0), one.slots, lambda: len(one), lambda: one.step({0: 20}),
+              lambda: one.step([0, 0]), lambda: one.step(torch.tensor([11, 0])), lambda: one.fits({0: 1}),
+              lambda: one.truncate(0, 1), lambda: one.seq_len(0), lambda: one.committed_len(0), lambda: one.view(0, 0),
+              lambda: one.batch(0, [0], 1), lambda: one.layer(0), lambda: one.write(0, [0], [0], new, new),
+              lambda: one.memory_limit, lambda: setattr(one, "memory_limit", "1GiB"), one.stats, one.close]
+    child = os.fork()
+    if child == 0:
+        for call in calls:
+            try:
+                call()
+                os._exit(7)
+            except vattn.ClosedError as error:
+                assert "fork" in str(error)
+        assert one.is_closed and "closed" in repr(one)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    calls.clear()
+child = os.fork()
+if child == 0:
+    for call in (lambda: growing.resize(9), lambda: len(growing), lambda: growing.tensor, lambda: growing.append(torch.ones(1, 4)),
+                 lambda: growing.nbytes_mapped, lambda: growing.memory_limit, growing.close):
+        try:
+            call()
+            os._exit(7)
+        except vattn.ClosedError:
+            pass
+    own = cache()  # the child may make its own
+    own.step({own.alloc(): 4096})
+    own.view(0, 0)[0].fill_(1)
+    del own
+    globals().update(live=None, meta=None, growing=None, kept=None, one=None)
+    gc.collect()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert bool((kept == 3).all())
+live.step({0: 4096})
+assert bool((live.view(0, 0)[0][:10] == 3).all())
+"""
+    )
+
+
+def test_touching_an_inherited_tensor_in_a_forked_child_is_a_segmentation_fault() -> None:
+    check_child(
+        SMALL
+        + """
+import signal
+live = cache()
+live.step({live.alloc(): 1000})
+mapped, whole = live.view(0, 0)[0], live.layer(0)[0]
+mapped.fill_(2)
+for touch in (lambda: float(mapped[0, 0, 0]), lambda: float(mapped[999, 0, 63]), lambda: float(whole[1, 0, 0, 0]),
+              lambda: mapped[5].fill_(1)):
+    child = os.fork()
+    if child == 0:
+        os.close(2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        touch()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] & 127 == signal.SIGSEGV
+assert bool((mapped == 2).all())
+"""
+    )
+
+
+def test_interpreter_exits_cleanly_with_live_caches_and_tensors() -> None:
+    for device in ("cpu", "meta", "cuda"):
+        if device == "cuda" and not (FAKE_CUDA or ON_GPU):
+            continue
+        check_child(
+            SMALL
+            + f"""
+import atexit, sys, threading
+caches = [cache(device={device!r}) for _ in range(3)]
+for one in caches:
+    one.step({{one.alloc(): 100}})
+views = [one.view(0, 0) for one in caches] + [one.layer(0) for one in caches]
+caches[0].close()
+sys.keep = (caches[1], views[1])          # dies with the module
+cycle = [caches[2]]
+cycle.append(cycle)
+atexit.register(lambda: (caches[1].stats(), views))
+threading.Thread(target=lambda: caches[2].step({{0: 200}}), daemon=True).start()
+""",
+            timeout=30,
+        )
+
+
+def test_threads_that_use_one_cache_at_once_do_it_no_harm() -> None:
+    check_child(
+        """
+        import faulthandler, random, threading, time, torch, vattn
+        faulthandler.dump_traceback_later(40, exit=True)
+        live = vattn.KVCache(2, 2, 64, max_batch_size=16, max_seq_len=2048, dtype="float32", device="cpu",
+                             page_size=4096, memory_limit="4MiB")
+        until = time.monotonic() + 2
+        broken, done = [], [0] * 8
+
+        def user(number):
+            dice = random.Random(number)
+            while time.monotonic() < until and not broken:
+                done[number] += 1
+                try:
+                    slot = live.alloc()
+                except vattn.NoFreeSlotError:
+                    continue
+                try:
+                    for _ in range(dice.randint(1, 4)):
+                        length = live.seq_len(slot)
+                        try:
+                            live.step({slot: dice.randint(1, 2048)} if dice.random() < 0.5 else {slot: min(2048, length + 9)})
+                        except vattn.OutOfMemoryError:
+                            continue
+                        k, v = live.view(dice.randrange(2), slot)
+                        k.fill_(slot + 1)
+                        assert bool((k == slot + 1).all())
+                        if dice.random() < 0.3:
+                            del k, v
+                            live.truncate(slot, dice.randint(0, live.seq_len(slot)))
+                finally:
+                    live.free(slot)
+
+        def watcher(number):
+            dice = random.Random(number)
+            while time.monotonic() < until and not broken:
+                done[number] += 1
+                now = live.stats()
+                assert now.created_bytes == now.mapped_bytes + now.pooled_bytes + now.retired_bytes, now
+                live.fits([0] * 16)
+                live.slots(), len(live), repr(live)
+                live.step(torch.zeros(16, dtype=torch.int64))
+                live.memory_limit = dice.choice(["1MiB", "2MiB", "4MiB"])
+
+        def run(target, number):
+            try:
+                target(number)
+            except BaseException as error:
+                broken.append(repr(error))
+
+        threads = [threading.Thread(target=run, args=(user if n < 6 else watcher, n)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not broken, broken
+        assert all(done), done
+        assert len(live) == 0 and live.stats().mapped_bytes == 0
+        """,
+        timeout=60,
+    )
+
+
+def test_close_while_others_use_the_cache_is_closed_error_for_them() -> None:
+    check_child(
+        """
+        import faulthandler, threading, time, vattn
+        faulthandler.dump_traceback_later(40, exit=True)
+        for _ in range(20):
+            live = vattn.KVCache(2, 2, 64, max_batch_size=4, max_seq_len=512, dtype="float32", device="cpu", page_size=4096)
+            slots = live.alloc_block(4)
+            seen = []
+            def use(slot):
+                try:
+                    while True:
+                        live.step({slot: 512})
+                        live.view(0, slot)[0].fill_(1)
+                        live.truncate(slot, 0)
+                except vattn.ClosedError:
+                    seen.append(slot)
+            threads = [threading.Thread(target=use, args=(slot,)) for slot in slots]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.01)
+            live.close()
+            for thread in threads:
+                thread.join()
+            assert sorted(seen) == slots, seen
+        """,
+        timeout=60,
+    )
+
+
+def test_address_space_limit_is_a_typed_error_and_the_next_cache_works() -> None:
+    check_child(
+        SMALL
+        + """
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+for _ in range(3):
+    try:
+        cache(max_seq_len=2**26)
+        raise SystemExit("made")
+    except vattn.OutOfMemoryError as error:
+        assert "RLIMIT_AS" in str(error), error
+        assert error.needed_bytes > 0
+    with cache() as live:
+        live.step({live.alloc(): 4096})
+"""
+    )
+
+
+def test_file_size_limit_is_out_of_memory_that_names_it_and_no_signal() -> None:
+    check_child(
+        SMALL
+        + """
+resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 65536, 4 * 65536))
+with cache() as live:
+    slot, other = live.alloc(), live.alloc()
+    for _ in range(2):
+        try:
+            live.step({slot: 4096})
+            raise SystemExit("grew")
+        except vattn.OutOfMemoryError as error:
+            assert "RLIMIT_FSIZE" in str(error), error
+        assert live.seq_len(slot) == 0 and live.stats().created_bytes == 0
+        live.step({other: 512})
+        assert live.stats().mapped_bytes == 4 * 65536
+        live.truncate(other, 0)
+        live.memory_limit = 2 * 65536
+        live.memory_limit = "1GiB"
+"""
+    )
+
+
+def test_making_and_closing_caches_leaks_nothing() -> None:
+    for device in ("cpu", "meta", "cuda"):
+        if device == "cuda" and not (FAKE_CUDA or ON_GPU):
+            continue
+        check_child(
+            SMALL
+            + f"""
+def now():
+    gc.collect()
+    with open("/proc/self/maps") as maps, open("/proc/self/statm") as statm:
+        return len(os.listdir("/proc/self/fd")), sum(1 for _ in maps), int(statm.read().split()[1]) * 4096
+
+def cycle(i):
+    one = cache(device={device!r}, num_layers=2, max_seq_len=1024)
+    one.alloc_block(2)
+    one.step([300, 20])
+    views = one.view(0, 0), one.layer(1)
+    if i % 3 == 0:
+        one.close()
+    if i % 3 == 1:
+        del views
+        one.close()
+    vattn.GrowableTensor((4,), 100, "float32", device={device!r}).resize(50)
+
+for i in range(60):
+    cycle(i)
+first = now()
+for i in range(300):
+    cycle(i)
+last = now()
+assert last[0] == first[0], (first, last)
+assert last[1] <= first[1] + 8, (first, last)
+assert last[2] <= first[2] + 300 * 4096, (first, last)
+"""
+        )
+
+
+def test_killed_owner_leaves_no_shared_memory_behind() -> None:
+    check_child(
+        """
+        import os, random, signal, subprocess, sys, time
+        def shared():
+            with open("/proc/meminfo") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("Shmem:"))
+        PROGRAM = '''
+import itertools, vattn
+live = vattn.KVCache(2, 2, 64, max_batch_size=4, max_seq_len=65536, dtype="float32", device="meta")
+live = vattn.KVCache(2, 2, 64, max_batch_size=4, max_seq_len=65536, dtype="int8", device="cpu")
+slots = live.alloc_block(4)
+print("up", flush=True)
+for turn in itertools.count():
+    live.step(dict.fromkeys(slots, 65536))
+    for slot in slots:
+        live.truncate(slot, 0)
+'''
+        before, files = shared(), os.listdir("/dev/shm")
+        for _ in range(5):
+            child = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE)
+            assert child.stdout.readline() == b"up\\n"
+            time.sleep(random.random() / 10)
+            child.kill()
+            assert child.wait() == -signal.SIGKILL
+        assert os.listdir("/dev/shm") == files
+        for _ in range(20):
+            if shared() < before + 64 * 1024:
+                break
+            time.sleep(0.1)
+        else:
+            raise SystemExit(f"{before} KiB of shared memory before, {shared()} after")
+        """
     )

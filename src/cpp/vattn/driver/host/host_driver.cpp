@@ -263,10 +263,10 @@ void HostDriver::map(Address at, std::size_t size, PageHandle page) {
     const int code = errno;
     table_.note_unmap(at, size, [](PageHandle, std::size_t) {});
     if (code == ENOMEM) {
-      throw OutOfMemoryError("map: mmap of " + std::to_string(size) + " bytes: no mapping (vm.max_map_count, " +
-                                 std::to_string(wall_.limit()) + ") or no address space (RLIMIT_AS) is left: use larger pages or the " +
-                                 "NHD layout, or raise the limit",
-                             size, 0, 0);
+      throw OutOfMemoryError(
+          "map: mmap of " + std::to_string(size) + " bytes: no mapping (vm.max_map_count, " + std::to_string(wall_.limit()) +
+              ") or no address space (RLIMIT_AS) is left: use larger pages or the " + "NHD layout, or raise the limit",
+          size, 0, 0);
     }
     throw host::system_error("mmap", code, "map " + std::to_string(size) + " bytes");
   }

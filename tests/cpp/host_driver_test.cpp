@@ -1,0 +1,107 @@
+// What only the host driver does: pages find their place in the file, so that mappings merge; nothing of it reaches a forked
+// child.
+#include "vattn/driver/host/host_driver.hpp"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <fstream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "vattn/kv/kv_cache.hpp"
+
+namespace vattn {
+namespace {
+
+constexpr std::size_t kPage = 64 << 10;
+
+std::size_t mappings() {
+  std::ifstream file("/proc/self/maps");
+  return static_cast<std::size_t>(std::count(std::istreambuf_iterator<char>(file), {}, '\n'));
+}
+
+TEST(HostDriver, PagesMappedInAnyOrderMergeIntoOneMapping) {
+  const auto driver = open_host_driver();
+  constexpr std::size_t kPages = 256;
+  const Address base = driver->reserve(kPages * kPage, UnmappedReads::kZeros);
+  const std::size_t before = mappings();
+  std::vector<std::size_t> order(kPages);
+  for (std::size_t i = 0; i < kPages; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), std::mt19937(7));
+  std::vector<PageHandle> pages;
+  for (const std::size_t index : order) {
+    const Address at = base + index * kPage;
+    pages.push_back(driver->create(kPage, at));
+    driver->map(at, kPage, pages.back());
+    driver->set_access(at, kPage);
+  }
+  EXPECT_LE(mappings(), before + 1);
+  driver->unmap(base, kPages * kPage);
+  for (const PageHandle page : pages) driver->release(page);
+  driver->release_range(base, kPages * kPage);
+}
+
+TEST(HostDriver, ReadingWhatWasNeverMappedCostsNoMemory) {
+  const auto driver = open_host_driver();
+  constexpr std::size_t kSize = std::size_t{256} << 20;
+  const Address base = driver->reserve(kSize, UnmappedReads::kZeros);
+  const auto shared = [] {
+    std::ifstream file("/proc/self/status");
+    std::string word;
+    std::size_t kilobytes = 0;
+    while (file >> word) {
+      if (word == "RssShmem:") file >> kilobytes;
+    }
+    return kilobytes;
+  };
+  const std::size_t before = shared();
+  unsigned sum = 0;
+  for (std::size_t at = 0; at < kSize; at += 4096) sum += *reinterpret_cast<volatile unsigned char*>(base + at);
+  EXPECT_EQ(sum, 0U);
+  EXPECT_LE(shared(), before + 64);
+  driver->release_range(base, kSize);
+}
+
+TEST(HostDriver, AForkedChildIsRefusedAndTheParentKeepsItsBytes) {
+  CacheConfig config{.num_layers = 1, .num_kv_heads = 1, .head_dim = 64, .max_batch_size = 1, .max_seq_len = 4096};
+  auto cache = std::make_unique<KVCache>(config);
+  cache->alloc();
+  cache->step({{0, 8}});
+  auto* const bytes = cache->view(0, 0).k.data<unsigned char>();
+  bytes[5] = 42;
+  const pid_t child = ::fork();
+  if (child == 0) {
+    int refused = 0;
+    try {
+      cache->step({{0, 9}});
+    } catch (const ClosedError&) {
+      ++refused;
+    }
+    try {
+      static_cast<void>(cache->stats());
+    } catch (const ClosedError&) {
+      ++refused;
+    }
+    cache.reset();
+    ::_exit(refused == 2 ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  EXPECT_EQ(bytes[5], 42);
+  cache->step({{0, 4096}});
+}
+
+TEST(HostDriverDeathTest, WritingWhatWasNeverMappedFaults) {
+  const auto driver = open_host_driver();
+  const Address base = driver->reserve(kPage, UnmappedReads::kZeros);
+  EXPECT_EXIT(*reinterpret_cast<volatile char*>(base) = 1, testing::KilledBySignal(SIGSEGV), "");
+  driver->release_range(base, kPage);
+}
+
+}  // namespace
+}  // namespace vattn
