@@ -125,8 +125,8 @@ def test_step_with_any_one_call_failing_changes_nothing_and_the_retry_succeeds(
             except vattn.OutOfMemoryError:
                 assert code == OUT_OF_MEMORY
             except vattn.DriverError as error:
-                assert error.code == code
-                assert error.call.startswith("cu")
+                assert error.code == code  # noqa: PT017
+                assert error.call.startswith("cu")  # noqa: PT017
             over = fake.fake_cuda_faults_fired() == fired
             fake.fake_cuda_clear_faults()
             if failed:
@@ -188,7 +188,7 @@ def test_close_under_failure_is_an_error_that_counts_what_is_left(fake: ctypes.C
     try:
         cache.close()
     except vattn.Error as error:
-        assert "would not take back" in str(error)
+        assert "would not take back" in str(error)  # noqa: PT017
     fake.fake_cuda_clear_faults()
     assert cache.is_closed
     cache.close()
@@ -201,7 +201,7 @@ def test_cache_that_cannot_be_made_leaves_nothing_behind(fake: ctypes.CDLL, k: i
     try:
         prepared().close()
     except vattn.Error as error:
-        assert isinstance(error, vattn.DriverError | vattn.OutOfMemoryError)
+        assert isinstance(error, vattn.DriverError | vattn.OutOfMemoryError)  # noqa: PT017
     fake.fake_cuda_clear_faults()
     gc.collect()
     assert alive(fake) == untouched

@@ -1,7 +1,9 @@
 """How many of the mappings that Linux allows a process (65,530 by default) a cache on the host takes.
 
-Pages that are neighbours in a row are neighbours in the memory file, so the kernel merges them: a row costs two mappings, what
-is mapped and the rest, however many pages it has and in whatever order they came. The bounds here are those numbers with room
+Pages that are neighbours in a row are neighbours in the memory file, so the kernel merges them: a row costs
+two mappings, what
+is mapped and the rest, however many pages it has and in whatever order they came. The bounds here are those
+numbers with room
 to spare. Each test is a program of its own, so that the count is of nothing else.
 
 The full sizes, 8 GiB, run with ``VATTN_LARGE=1`` where the memory is free; else the rows are as many, and shorter.
@@ -144,7 +146,8 @@ def test_at_the_wall_there_is_a_typed_error_and_what_was_there_still_works() -> 
         live.view(0, 0)[0].fill_(5)
         hoard = []
         def take():
-            hoard.append(mmap.mmap(-1, 4096, prot=mmap.PROT_READ if len(hoard) % 2 else mmap.PROT_READ | mmap.PROT_WRITE))
+            hoard.append(mmap.mmap(-1, 4096,
+                prot=mmap.PROT_READ if len(hoard) % 2 else mmap.PROT_READ | mmap.PROT_WRITE))
         for _ in range(limit - 500 - mappings()):
             take()
         try:

@@ -17,7 +17,9 @@ LAYOUTS = pytest.mark.parametrize("layout", ["NHD", "HND"])
 def behind(cache: vattn.KVCache, slot: int, tokens: int) -> list[torch.Tensor]:
     """The first tokens past a slot's length, in every tensor."""
     length = cache.seq_len(slot)
-    return [view[slot, length : length + tokens] for layer in range(2) for view in cache.layer(layer) if view is not None]
+    return [
+        view[slot, length : length + tokens] for layer in range(2) for view in cache.layer(layer) if view is not None
+    ]
 
 
 def assert_zero_behind(cache: vattn.KVCache, slot: int, tokens: int) -> None:
@@ -153,7 +155,8 @@ TOUCHES = [
 
 @pytest.fixture(scope="module")
 def exits() -> list[int]:
-    """How a process that touches each of them ends: forked from one that has imported everything, since that takes seconds."""
+    """How a process that touches each of them ends: forked from one that has imported everything, since that
+    takes seconds."""
     done = run_child(
         f"""
         import os, resource, torch, vattn

@@ -49,7 +49,9 @@ def test_closed_cache_refuses_every_call(device: str, name: str) -> None:
 
 
 def test_every_method_is_among_those_that_a_closed_cache_refuses() -> None:
-    public = {name for name in vars(vattn.KVCache) if not name.startswith("_") and callable(getattr(vattn.KVCache, name))}
+    public = {
+        name for name in vars(vattn.KVCache) if not name.startswith("_") and callable(getattr(vattn.KVCache, name))
+    }
     assert public - {"close"} <= {name.partition("-")[0] for name in CALLS}
 
 

@@ -1,4 +1,4 @@
-"""The budget of a cache: ``memory_limit``, ``truncate``, ``stats``, page sizes and layouts as they are chosen and refused."""
+"""The budget of a cache: ``memory_limit``, ``truncate``, ``stats``; page sizes and layouts, chosen and refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_limit_under_one_page_group_is_a_value_error(device: str) -> None:
         group = group_bytes(cache)
         cache.memory_limit = group
         for bad in (group - 1, 1, cache.page_size):
-            with pytest.raises(ValueError, match=f"memory_limit={bad}.*{group}"):
+            with pytest.raises(ValueError, match=rf"memory_limit={bad}.*{group}"):
                 cache.memory_limit = bad
             with pytest.raises(ValueError, match=f"memory_limit={bad}"):
                 make_cache(device, memory_limit=bad)
@@ -176,7 +176,7 @@ def test_page_size_on_cuda_defaults_to_two_mebibytes() -> None:
 def test_page_size_off_the_granularity_is_a_value_error(device: str, bad: int | str) -> None:
     if device == "meta":
         pytest.skip("accounting has a granularity of its own")
-    with pytest.raises(ValueError, match="page_size=.*granularity"):
+    with pytest.raises(ValueError, match=r"page_size=.*granularity"):
         make_cache(device, page_size=bad, head_dim=64)
 
 
@@ -193,7 +193,7 @@ def test_layout_defaults_to_head_major_on_the_host_and_token_major_elsewhere(dev
 def test_layout_of_sliced_tensors_is_token_major(device: str) -> None:
     with vattn.KVCache(**shape(device=device, layers_per_tensor=2)) as cache:  # type: ignore[arg-type]
         assert cache.layout == "NHD"
-    with pytest.raises(ValueError, match='layout="HND".*layers_per_tensor=2'):
+    with pytest.raises(ValueError, match=r'layout="HND".*layers_per_tensor=2'):
         vattn.KVCache(**shape(device=device, layers_per_tensor=2, layout="HND"))  # type: ignore[arg-type]
 
 
@@ -205,7 +205,7 @@ def test_head_major_beyond_the_wall_of_mappings_is_refused_and_never_the_default
         assert cache.layout == "HND"
     with vattn.KVCache(**shape(max_batch_size=most + 1)) as cache:  # type: ignore[arg-type]
         assert cache.layout == "NHD"
-    with pytest.raises(ValueError, match="vm.max_map_count"):
+    with pytest.raises(ValueError, match=r"vm\.max_map_count"):
         vattn.KVCache(**shape(max_batch_size=most + 1, layout="HND"))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""``step`` and ``fits``: every form the lengths may come in, and the promise that all named slots grow or nothing changes."""
+"""``step`` and ``fits``: every form of lengths, and the promise that all named slots grow or nothing changes."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_two_keys_for_one_slot_are_a_value_error_or_one_key(device: str) -> None
         try:
             cache.step({0: 3, Same(0): 7})
         except ValueError as error:
-            assert "slot 0 twice" in str(error)
+            assert "slot 0 twice" in str(error)  # noqa: PT017
             assert cache.seq_len(0) == 0
         else:
             assert cache.seq_len(0) in (3, 7)

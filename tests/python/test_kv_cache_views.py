@@ -1,4 +1,4 @@
-"""Tensors of a cache: exactly the tokens in use, at addresses that never change, safe for what torch does with tensors."""
+"""Tensors of a cache: exactly the tokens in use, at addresses that never change, safe for torch's own uses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Random programs against a reference model of a KVCache, on the host and on meta.
 
-The model is what a user may count on, in a hundred lines: lengths, which tokens have memory, bytes by the page, what fits the
+The model is what a user may count on, in a hundred lines: lengths, which tokens have memory, bytes by the
+page, what fits the
 budget, and the contents of every token. ``VATTN_MODEL_EXAMPLES`` runs more of them (300 by default).
 """
 
@@ -26,7 +27,8 @@ lengths_given = st.one_of(st.integers(0, LONGEST), st.integers(0, 9), st.sampled
 
 
 class Model:
-    """What a cache should do. ``lengths`` holds the active slots; ``tokens[slot]`` is the epoch that wrote each token."""
+    """What a cache should do. ``lengths`` holds the active slots; ``tokens[slot]`` is the epoch that wrote
+    each token."""
 
     def __init__(self, *, row_tokens: float, rows_per_slot: int, guard: int, page: int, limit_pages: int) -> None:
         self.page_tokens = row_tokens  # tokens a page holds in one row; a fraction where a token spans pages
