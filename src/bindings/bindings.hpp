@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <optional>
@@ -15,6 +16,26 @@
 #include "vattn/tensor/growable_tensor.hpp"
 
 namespace nb = nanobind;
+
+/// The GIL, released while this lives. Unlike nanobind's, safe on a daemon thread at interpreter exit: there CPython
+/// before 3.14 ends a thread that asks for the GIL by unwinding its stack, which must not leave a destructor. Such a thread
+/// waits here for the end of the process instead, as CPython itself does since.
+class GilReleased {
+ public:
+  GilReleased() noexcept : state_(PyEval_SaveThread()) {}
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+  ~GilReleased() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {  // nothing but that unwinding comes out of a C function
+      for (;;) ::pause();
+    }
+  }
+
+ private:
+  PyThreadState* state_;
+};
 
 void bind_errors(nb::module_& module);
 void bind_system(nb::module_& module);

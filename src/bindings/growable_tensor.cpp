@@ -8,12 +8,12 @@
 namespace {
 
 using vattn::GrowableTensor;
-using Release = nb::call_guard<nb::gil_scoped_release>;
+using Release = nb::call_guard<GilReleased>;
 
 nb::object tensor(const GrowableTensor& growable) {
   GrowableTensor::View view;
   {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     view = growable.view();
   }
   std::vector<std::int64_t> strides(view.shape.size(), 1);
@@ -30,7 +30,7 @@ void bind_growable_tensor(nb::module_& module) {
           [](GrowableTensor* self, std::vector<std::int64_t> row_shape, std::int64_t max_rows, const std::string& dtype,
              const std::string& device, std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit) {
             GrowableTensor::Config config{std::move(row_shape), max_rows, dtype_of(dtype), page_size, memory_limit};
-            const nb::gil_scoped_release release;
+            const GilReleased release;
             new (self) GrowableTensor(config, vattn::parse_device(device));
           },
           nb::arg("row_shape"), nb::arg("max_rows"), nb::arg("dtype"), nb::arg("device"), nb::arg("page_size").none(),

@@ -8,7 +8,7 @@
 namespace {
 
 using vattn::KVCache;
-using Release = nb::call_guard<nb::gil_scoped_release>;
+using Release = nb::call_guard<GilReleased>;
 using Slots = std::vector<std::int64_t>;
 
 template <typename T>
@@ -37,11 +37,11 @@ bool step(KVCache& cache, nb::handle value) {
     if (cache.try_step(lengths.sequence)) return true;
     // A copy, since the array is the caller's to write once the GIL is gone.
     const std::vector<std::int64_t> copy(lengths.sequence.begin(), lengths.sequence.end());
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     cache.step(std::span<const std::int64_t>(copy));
     return true;
   }
-  const nb::gil_scoped_release release;
+  const GilReleased release;
   cache.step(std::span<const vattn::SlotLength>(lengths.named));
   return true;
 }
@@ -52,7 +52,7 @@ nb::object fits(const KVCache& cache, nb::handle value) {
   bool result = false;
   {
     const std::vector<std::int64_t> copy(lengths.sequence.begin(), lengths.sequence.end());
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     result = lengths.kind == Lengths::Kind::kSequence ? cache.fits(std::span<const std::int64_t>(copy))
                                                       : cache.fits(std::span<const vattn::SlotLength>(lengths.named));
   }
@@ -61,21 +61,21 @@ nb::object fits(const KVCache& cache, nb::handle value) {
 
 Views view(const KVCache& cache, std::int64_t layer, std::int64_t slot) {
   return to_python([&] {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     return cache.view(layer, slot);
   }());
 }
 
 Views batch(const KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length) {
   return to_python([&] {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     return cache.batch(layer, slots, length);
   }());
 }
 
 Views layer(const KVCache& cache, std::int64_t index) {
   return to_python([&] {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     return cache.layer(index);
   }());
 }
@@ -84,7 +84,7 @@ Views layer(const KVCache& cache, std::int64_t index) {
 nb::typed<nb::tuple, nb::int_, nb::ellipsis> stats(const KVCache& cache) {
   vattn::CacheStats now;
   {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     now = cache.stats();
   }
   return nb::make_tuple(now.reserved_bytes, now.created_bytes, now.mapped_bytes, now.pooled_bytes, now.retired_bytes,
@@ -119,7 +119,7 @@ void bind_kv_cache(nb::module_& module) {
                                            vattn::UnmappedReads::kZeros);
             config.guard_tokens = guard_tokens;
             config.scrub = scrub;
-            const nb::gil_scoped_release release;
+            const GilReleased release;
             new (self) KVCache(config, vattn::parse_device(device));
           },
           nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::kw_only(), nb::arg("max_batch_size"),

@@ -10,7 +10,7 @@ namespace {
 nb::typed<nb::dict, nb::str, nb::any> probe_cuda() {
   vattn::CudaInfo info;
   {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     info = vattn::probe_cuda();
   }
   nb::list devices;
@@ -34,7 +34,7 @@ nb::typed<nb::dict, nb::str, nb::any> probe_host() {
   vattn::MemoryInfo memory;
   vattn::DriverTraits traits;
   {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     const auto driver = vattn::open_host_driver();
     memory = driver->memory_info();
     traits = driver->traits();

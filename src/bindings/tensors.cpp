@@ -11,7 +11,7 @@ namespace {
 void drop_owner(void* owner) noexcept {
   auto* buffer = static_cast<std::shared_ptr<vattn::Buffer>*>(owner);
   if (buffer->use_count() == 1 && nb::is_alive()) {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     delete buffer;
   } else {
     delete buffer;
