@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 
 #include "vattn/error.hpp"
 #include "vattn/export.hpp"
@@ -98,5 +99,14 @@ class VATTN_API Driver {
   /// Waits until no work started before it can touch this driver's memory.
   virtual void synchronize() = 0;
 };
+
+/// synchronize(), for undoing and closing: a device that cannot be waited for runs nothing any more, and giving back is tried
+/// all the same.
+inline void try_synchronize(Driver& driver) noexcept {
+  try {
+    driver.synchronize();
+  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): see above
+  }
+}
 
 }  // namespace vattn

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "vattn/checked.hpp"
+#include "vattn/driver/limits.hpp"
 
 namespace vattn {
 namespace {
@@ -13,7 +14,6 @@ constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
 constexpr std::int64_t kMaxLayers = 1 << 16;
 constexpr std::int64_t kMaxBatch = 1 << 20;
 constexpr std::int64_t kMaxRows = 1 << 24;
-constexpr std::int64_t kAddressSpace = std::int64_t{1} << 47;
 
 std::string text(std::int64_t value) { return std::to_string(value); }
 
@@ -32,12 +32,7 @@ Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : conf
     throw std::invalid_argument("layers_per_tensor=" + text(config.layers_per_tensor) +
                                 " must divide num_layers=" + text(config.num_layers));
   }
-  page_size_ = config.page_size.value_or(static_cast<std::int64_t>(driver.default_page_size));
-  const auto granularity = static_cast<std::int64_t>(driver.granularity);
-  if (page_size_ < granularity || page_size_ % granularity != 0) {
-    throw std::invalid_argument("page_size=" + text(page_size_) + " must be a multiple of the " + driver.name +
-                                " driver's granularity, " + text(granularity));
-  }
+  page_size_ = choose_page_size(config.page_size, driver);
   unmapped_reads_ = config.unmapped_reads.value_or(driver.reads_as_zeros ? UnmappedReads::kZeros : UnmappedReads::kFault);
   if (unmapped_reads_ == UnmappedReads::kZeros && !driver.reads_as_zeros) {
     throw std::invalid_argument(std::string("unmapped_reads=\"zeros\" is possible on the host only; the ") + driver.name +
@@ -57,10 +52,7 @@ Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : conf
   const std::int64_t pair =
       checked_add(checked_mul(k_.rows, k_.row_bytes, total), checked_mul(v_.rows, v_.row_bytes, total), total);
   const std::int64_t all = checked_mul(pair, groups(), total);
-  if (driver.has_memory && all > kAddressSpace) {
-    throw std::overflow_error(std::string(total) + " comes to " + text(all) + " bytes of addresses, more than the " +
-                              text(kAddressSpace) + " there are: lower max_seq_len or max_batch_size");
-  }
+  check_address_space(total, all, driver);
 }
 
 void Geometry::choose_layout(const DriverTraits& driver) {

@@ -209,11 +209,7 @@ void KVCache::close() {
 
 void KVCache::close_locked(PagePool::Losses& losses) noexcept {
   closed_ = true;
-  try {
-    driver_->synchronize();
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
-    // A device that cannot be waited for runs nothing any more; giving back is tried all the same.
-  }
+  try_synchronize(*driver_);
   for (Tensor& tensor : tensors_) {
     // A living view keeps its tensor's memory; it goes when the view does.
     if (tensor.buffer.use_count() == 1) tensor.buffer->release(losses);

@@ -93,11 +93,7 @@ void Transaction::keep() noexcept {
 void Transaction::roll_back() noexcept {
   if (zero_fill_) {
     // The failed call may be the wait for a fill: nothing is unmapped under work that still runs.
-    try {
-      pool_.driver().synchronize();
-    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
-      // A device that cannot be waited for runs nothing any more; undoing is tried all the same.
-    }
+    try_synchronize(pool_.driver());
   }
   for (auto run = runs_.rbegin(); run != runs_.rend(); ++run) {
     Row& row = *run->row;

@@ -19,11 +19,7 @@ Buffer::~Buffer() {
   }
   if (!reservation_.is_held()) return;
   PagePool::Losses losses;
-  try {
-    pool_->driver().synchronize();
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
-    // A device that cannot be waited for runs nothing any more; giving back is tried all the same.
-  }
+  try_synchronize(pool_->driver());
   release(losses);
   pool_->trim_to_limit(losses);
 }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "vattn/checked.hpp"
+#include "vattn/driver/limits.hpp"
 #include "vattn/memory/transaction.hpp"
 
 namespace vattn {
@@ -21,19 +22,10 @@ GrowableTensor::GrowableTensor(const Config& config, Device device, std::shared_
     check_between("row_shape", extent, 1, kMost);
     row_bytes_ = checked_mul(row_bytes_, extent, "row_shape x dtype");
   }
-  page_size_ = config.page_size.value_or(static_cast<std::int64_t>(traits.default_page_size));
-  const auto granularity = static_cast<std::int64_t>(traits.granularity);
-  if (page_size_ < granularity || page_size_ % granularity != 0) {
-    throw std::invalid_argument("page_size=" + std::to_string(page_size_) + " must be a multiple of the " + traits.name +
-                                " driver's granularity, " + std::to_string(granularity));
-  }
+  page_size_ = choose_page_size(config.page_size, traits);
   const std::int64_t bytes = checked_mul(row_bytes_, config.max_rows, "row_shape x max_rows");
   const std::int64_t reserved = checked_mul(ceil_div(bytes, page_size_), page_size_, "row_shape x max_rows");
-  constexpr std::int64_t kAddressSpace = std::int64_t{1} << 47;
-  if (traits.has_memory && reserved > kAddressSpace) {
-    throw std::overflow_error("row_shape x max_rows comes to " + std::to_string(reserved) +
-                              " bytes of addresses, more than there are: lower max_rows");
-  }
+  check_address_space("row_shape x max_rows", reserved, traits);
   if (config.memory_limit) check_memory_limit(*config.memory_limit);
   const std::uint64_t limit =
       config.memory_limit ? static_cast<std::uint64_t>(*config.memory_limit) : default_memory_limit(*driver_);
@@ -145,11 +137,7 @@ void GrowableTensor::close() {
 
 void GrowableTensor::close_locked(PagePool::Losses& losses) noexcept {
   closed_ = true;
-  try {
-    driver_->synchronize();
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
-    // A device that cannot be waited for runs nothing any more; giving back is tried all the same.
-  }
+  try_synchronize(*driver_);
   if (buffer_.use_count() == 1) buffer_->release(losses);
   buffer_.reset();
   pool_->close(losses);
