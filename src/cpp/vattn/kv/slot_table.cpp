@@ -41,15 +41,16 @@ void SlotTable::give(std::int64_t slot) noexcept {
 }
 
 bool SlotTable::advance(std::span<const std::int64_t> lengths) noexcept {
-  // Unsigned, so that a negative length is past every committed one; a free slot has 0 committed, so any length is past it.
-  // No early exit and no branch: the common answer is that nothing grows, and the loop then runs in vector registers.
+  // The sign bit of committed - length says that a length is past its memory, that of length itself that it is negative. A free slot
+  // has 0 committed, so any length is past it. No early exit and no branch: the common answer is that nothing grows.
   std::uint64_t past = 0;
   const std::int64_t* const committed = committed_.data();
   const std::size_t count = lengths.size();
   for (std::size_t slot = 0; slot < count; ++slot) {
-    past |= static_cast<std::uint64_t>(static_cast<std::uint64_t>(lengths[slot]) > static_cast<std::uint64_t>(committed[slot]));
+    const auto length = static_cast<std::uint64_t>(lengths[slot]);
+    past |= (static_cast<std::uint64_t>(committed[slot]) - length) | length;
   }
-  if (past != 0) return false;
+  if (past >> 63 != 0) return false;
   std::int64_t* const current = lengths_.data();
   for (std::size_t slot = 0; slot < count; ++slot) current[slot] = std::max(current[slot], lengths[slot]);
   return true;
