@@ -1,8 +1,8 @@
 """How many of the kernel's mappings a cache uses on the host, after growth in random order and after random reuse.
 
-Token-major: 32 layers, 32 slots, 64 KiB pages, grown to --gib (default 8) in random order, then 200 random cycles in which a
-slot is freed and grown again. Head-major: 32 layers, 8 KV heads, 16 slots, filled in random order to --gib / 4, the most
-seen on the way. Prints one line of JSON. Bounds (first issue): under 6,500, and under 20,000.
+Token-major: 32 layers, 32 slots, 64 KiB pages, grown to --gib (default 8) in random order, then 200 random cycles in
+which a slot is freed and grown again. Head-major: 32 layers, 8 KV heads, 16 slots, filled in random order to --gib / 4,
+the most seen on the way. Prints one line of JSON. Bounds (first issue): under 6,500, and under 20,000.
 
     python bench/host_mappings.py [--gib 8] [--limit]      # --limit: memory_limit is exactly what the cache grows to
 """

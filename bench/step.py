@@ -1,6 +1,6 @@
 """What a step costs from Python that grows nothing: 256 active slots, one length each, by the type of the lengths.
 
-Prints one line of JSON: medians of 201 rounds of 1,000 steps, in nanoseconds a step. The forms take turns, round by round.
+Prints one line of JSON: medians of 201 rounds of 1,000 steps, in nanoseconds a step. The forms take turns.
 Bound (first issue): numpy int64 under 3,000 ns.
 
     python bench/step.py

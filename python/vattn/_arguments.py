@@ -17,7 +17,8 @@ _INT64_MAX = 2**63 - 1
 
 def is_torch_tensor(value: object) -> bool:
     """Whether ``value`` is a torch tensor, asked without importing torch."""
-    return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "data_ptr")
+    # By its bases: a subclass may be of any module, and not all of torch's with a data_ptr are tensors (storages).
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(value).__mro__)
 
 
 def to_int(value: Any, name: str) -> int:
@@ -30,7 +31,7 @@ def to_int(value: Any, name: str) -> int:
     except Exception as error:
         raise TypeError(f"{name}={shown(value)} cannot be used as an int: {error}") from error
     if not -_INT64_MAX <= number <= _INT64_MAX:
-        raise OverflowError(f"{name}: a number of {number.bit_length()} bits does not fit in 64")
+        raise OverflowError(f"{name}={shown(number)} does not fit in 64 bits")
     return number
 
 
@@ -44,7 +45,7 @@ def to_optional_size(value: Any, name: str) -> int | None:
 
 def to_bool(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be True or False, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)} must be True or False, not {type(value).__name__}")
     return value
 
 
@@ -53,9 +54,9 @@ def to_choice(value: Any, name: str, choices: Sequence[str]) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} must be a str or None, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)} must be a str or None, not {type(value).__name__}")
     if value not in choices:
-        raise ValueError(f"{name}={value!r} must be None or one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={shown(value)} must be None or one of {', '.join(map(repr, choices))}")
     return value
 
 
@@ -65,14 +66,14 @@ def to_dtype_name(value: Any, name: str = "dtype") -> str:
         return value.removeprefix("torch.")
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")
-    raise TypeError(f"{name}={value!r} must be a torch.dtype such as torch.bfloat16, not {type(value).__name__}")
+    raise TypeError(f"{name}={shown(value)} must be a torch.dtype such as torch.bfloat16, not {type(value).__name__}")
 
 
 def to_device_name(value: Any, name: str = "device") -> str:
     """``"cpu"``, ``"cuda:N"`` or ``"meta"``, from a str or a ``torch.device``. ``"cuda"`` is torch's current device."""
     is_torch_device = type(value).__module__ == "torch" and type(value).__name__ == "device"
     if not isinstance(value, str) and not is_torch_device:
-        raise TypeError(f"{name}={value!r} must be a str or a torch.device, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)} must be a str or a torch.device, not {type(value).__name__}")
     text = str(value)
     kind, _, index = text.partition(":")
     if kind in ("cpu", "meta") and index.isdecimal() and int(index) == 0:
@@ -83,20 +84,20 @@ def to_device_name(value: Any, name: str = "device") -> str:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             return f"cuda:{torch.cuda.current_device()}"
-    return text
+    return "cuda:0" if text == "cuda" else text
 
 
 def to_ints(value: Any, name: str) -> list[int]:
     """A sequence of ints: list, tuple, range, numpy or torch integers of one dimension."""
     if isinstance(value, str | bytes | bytearray | Mapping):
-        raise TypeError(f"{name}={value!r} must be a sequence of ints, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)} must be a sequence of ints, not {type(value).__name__}")
     if hasattr(value, "tolist"):
         try:
             value = value.tolist()
         except Exception as error:  # a tensor without data: meta, sparse
             raise TypeError(f"{name}: a {type(value).__name__} whose numbers cannot be read ({error})") from error
     if not isinstance(value, Sequence):
-        raise TypeError(f"{name}={value!r} must be a one-dimensional sequence of ints, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)} must be a one-dimensional sequence of ints, not {type(value).__name__}")
     return [to_int(item, name) for item in value]
 
 

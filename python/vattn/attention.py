@@ -16,7 +16,6 @@ helpers, as in torch's own attention.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,8 @@ try:
     from torch.nn.functional import scaled_dot_product_attention
 except ImportError as error:  # the package itself imports without torch
     raise ImportError("vattn.attention needs torch: pip install torch") from error
+
+from vattn._arguments import to_ints
 
 if TYPE_CHECKING:
     from vattn import KVCache
@@ -176,7 +177,7 @@ def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> tuple[
 def _slot_list(slots: Sequence[int]) -> list[int]:
     if isinstance(slots, int):
         raise TypeError(f"slots must be a sequence of slots, got {slots!r}; for one slot give [{slots}]")
-    slots = [operator.index(slot) for slot in slots]
+    slots = to_ints(slots, "slots")
     if not slots:
         raise ValueError("slots is empty; name at least one slot")
     return slots

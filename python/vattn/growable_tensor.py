@@ -1,10 +1,12 @@
 """GrowableTensor: rows arrive over time, at addresses that never change and without a copy.
 
-Thread: any method from any thread; ``append`` from several threads at once keeps memory safe but not the order of rows.
+Thread: any method from any thread; one lock keeps ``append`` and ``resize`` from changing the length under each other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -43,7 +45,9 @@ class GrowableTensor:
         page_size: int | str | None = None,
         memory_limit: int | str | None = None,
     ) -> None:
-        shape = to_ints(row_shape, "row_shape") if hasattr(row_shape, "__len__") else [to_int(row_shape, "row_shape")]
+        # A 0-d tensor or array is a number, and yet has a __len__, which raises.
+        many = hasattr(row_shape, "__len__") and getattr(row_shape, "shape", None) != ()
+        shape = to_ints(row_shape, "row_shape") if many else [to_int(row_shape, "row_shape")]
         if len(shape) > 7:
             raise ValueError(f"row_shape={tuple(shape)} has {len(shape)} dimensions: at most 7 are supported")
         self._row_shape = tuple(shape)
@@ -59,6 +63,14 @@ class GrowableTensor:
             memory_limit=to_optional_size(memory_limit, "memory_limit"),
         )
         self._finish = finisher(self._dtype_name, self._device_name)
+        self._length_lock = threading.Lock()
+
+    def __del__(self) -> None:
+        # The native destructor would run with the GIL held; close() releases it around the driver calls.
+        native = self.__dict__.get("_native")
+        if native is not None:
+            with contextlib.suppress(Exception):  # in a forked child, or what the driver would not take
+                native.close()
 
     def append(self, rows: torch.Tensor) -> None:
         """Copies ``rows``, of shape ``(n, *row_shape)`` and the tensor's dtype, behind the last row.
@@ -68,6 +80,8 @@ class GrowableTensor:
         """
         if not is_torch_tensor(rows):
             raise TypeError(f"rows must be a torch.Tensor, not {type(rows).__name__}")
+        if rows.is_nested:
+            raise ValueError("rows is a nested tensor: append its tensors one by one")
         if tuple(rows.shape[1:]) != self._row_shape or rows.dim() == 0:
             raise ValueError(
                 f"rows has shape {tuple(rows.shape)}; it must be (n, {', '.join(map(str, self._row_shape))})"
@@ -78,25 +92,32 @@ class GrowableTensor:
             )
         if "strided" not in str(rows.layout) or (rows.is_meta and self._device_name != "meta"):
             raise ValueError(f"rows is {rows.layout} on {rows.device}: only dense tensors with data can be appended")
-        old = self._native.rows()
-        new = old + rows.shape[0]
-        if new > self._max_rows:
-            raise ValueError(f"rows: {rows.shape[0]} more than the {old} there are exceed max_rows={self._max_rows}")
-        self._native.resize(new)
-        if self._device_name == "meta":
-            return
-        try:
-            self.tensor[old:new].copy_(rows.detach())
-        except BaseException:
-            self._native.resize(old)
-            raise
+        self._native.rows()  # ClosedError in a forked child, where the lock may be held for ever
+        with self._length_lock:
+            old = self._native.rows()
+            new = old + rows.shape[0]
+            if new > self._max_rows:
+                raise ValueError(
+                    f"rows: {rows.shape[0]} more than the {old} there are exceed max_rows={self._max_rows}"
+                )
+            self._native.resize(new)
+            if self._device_name == "meta":
+                return
+            try:
+                self.tensor[old:new].copy_(rows.detach())
+            except BaseException:
+                self._native.resize(old)
+                raise
 
     def resize(self, n: int) -> None:
         """Gives the tensor ``n`` rows.
 
         New rows hold zeros or what an earlier use left; whole pages past the last row go back.
         """
-        self._native.resize(to_int(n, "n"))
+        rows = to_int(n, "n")
+        self._native.rows()  # as in append
+        with self._length_lock:
+            self._native.resize(rows)
 
     def __len__(self) -> int:
         """Rows in use."""
@@ -107,7 +128,10 @@ class GrowableTensor:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The rows in use, ``(len(self), *row_shape)``, sharing memory; always at the same ``data_ptr()``."""
+        """The rows in use, ``(len(self), *row_shape)``, sharing memory; always at the same ``data_ptr()``.
+
+        While there are no rows torch gives 0 for it, as for any empty tensor.
+        """
         tensor: torch.Tensor = self._finish((self._native.tensor(),))[0]
         return tensor
 

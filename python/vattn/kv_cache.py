@@ -8,6 +8,7 @@ Thread: any method from any thread; driver calls never hold the GIL. In a forked
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -114,6 +115,13 @@ class KVCache:
         self._tokens_per_page = self._native.tokens_per_page()
         self._layout = self._native.layout()
         self._finish: Callable[[Any], Views] = finisher(self._dtype_name, self._device_name)
+
+    def __del__(self) -> None:
+        # The native destructor would run with the GIL held; close() releases it around the driver calls.
+        native = self.__dict__.get("_native")
+        if native is not None:
+            with contextlib.suppress(Exception):  # in a forked child, or what the driver would not take
+                native.close()
 
     # Slots.
 

@@ -16,9 +16,7 @@ nb::object tensor(const GrowableTensor& growable) {
     const GilReleased release;
     view = growable.view();
   }
-  std::vector<std::int64_t> strides(view.shape.size(), 1);
-  for (std::size_t i = strides.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * view.shape[i + 1];
-  return to_torch(view.address, view.shape, strides, view.dtype, view.device, view.device_index, view.owner);
+  return to_torch(view.address, view.shape, view.strides, view.dtype, view.device, view.device_index, view.owner);
 }
 
 }  // namespace

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import operator
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import vattn
+from vattn._arguments import to_int
 from vattn.transformers.group import Limits
 from vattn.transformers.layer import VattnLayer
 from vattn.transformers.memory import CacheMemory
@@ -175,12 +175,7 @@ def reset_layers(layers: Iterable[Any]) -> None:
 
 def _count(name: str, value: Any) -> int:
     """A whole number of at least 1."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    number = to_int(value, name)
     if number < 1:
         raise ValueError(f"{name}={number}; it must be at least 1")
     return number

@@ -346,6 +346,20 @@ vattn_status vattn_tensor_resize(vattn_tensor* tensor, int64_t rows) {
   });
 }
 
+vattn_status vattn_tensor_append(vattn_tensor* tensor, const void* rows, int64_t count) {
+  return guarded([&] {
+    need(tensor, "tensor");
+    tensor->tensor.append(reinterpret_cast<vattn::Address>(rows), count);
+  });
+}
+
+vattn_status vattn_tensor_close(vattn_tensor* tensor) {
+  return guarded([&] {
+    need(tensor, "tensor");
+    tensor->tensor.close();
+  });
+}
+
 vattn_status vattn_tensor_rows(vattn_tensor* tensor, int64_t* rows) {
   return guarded([&] {
     need(tensor, "tensor");

@@ -126,6 +126,9 @@ VATTN_C_API vattn_status vattn_tensor_create(const int64_t* row_shape, int32_t r
                                              vattn_tensor** tensor);
 VATTN_C_API void vattn_tensor_destroy(vattn_tensor* tensor);
 VATTN_C_API vattn_status vattn_tensor_resize(vattn_tensor* tensor, int64_t rows);
+/* Copies `count` dense rows on the tensor's device behind the last one. */
+VATTN_C_API vattn_status vattn_tensor_append(vattn_tensor* tensor, const void* rows, int64_t count);
+VATTN_C_API vattn_status vattn_tensor_close(vattn_tensor* tensor);
 VATTN_C_API vattn_status vattn_tensor_rows(vattn_tensor* tensor, int64_t* rows);
 /* The first element of row 0; the same for the tensor's whole life. NULL on meta. */
 VATTN_C_API vattn_status vattn_tensor_data(vattn_tensor* tensor, void** data);

@@ -12,6 +12,12 @@
 
 namespace vattn {
 
+/// Every mapped page costs the process some 200 bytes of its own. Only accounting can come near this many.
+constexpr std::uint64_t kMostPages = std::uint64_t{1} << 24;
+
+/// From here on asking what is free costs little beside the growth, and spares a long growth that could only be undone again.
+constexpr std::uint64_t kAskFirstBytes = std::uint64_t{64} << 20;
+
 /// The page size asked for, or the driver's default.
 [[nodiscard]] inline std::int64_t choose_page_size(const std::optional<std::int64_t>& wanted, const DriverTraits& driver) {
   const auto granularity = static_cast<std::int64_t>(driver.granularity);

@@ -20,6 +20,7 @@ std::string text(std::int64_t value) { return std::to_string(value); }
 }  // namespace
 
 Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : config_(config) {
+  check_between("dtype", static_cast<std::int64_t>(config.dtype), 0, static_cast<std::int64_t>(kDTypes.size()) - 1);
   check_between("num_layers", config.num_layers, 1, kMaxLayers);
   check_between("num_kv_heads", config.num_kv_heads, 1, kMost);
   check_between("head_dim", config.head_dim, 1, kMost);
@@ -86,7 +87,7 @@ void Geometry::choose_layout(const DriverTraits& driver) {
 TensorGeometry Geometry::tensor(std::int64_t head_dim) const {
   TensorGeometry made;
   if (head_dim == 0) return made;
-  const char* const what = "num_kv_heads x head_dim x max_seq_len x layers_per_tensor x dtype";
+  const char* const what = "num_kv_heads x head_dim (or v_head_dim) x max_seq_len x layers_per_tensor x dtype";
   const bool head_major = layout_ == Layout::kHND;
   made.head_dim = head_dim;
   made.token_bytes = checked_mul(head_dim, static_cast<std::int64_t>(size_of(config_.dtype)), what);

@@ -89,9 +89,9 @@ std::vector<std::int64_t> KVCache::alloc_block(std::int64_t count) {
   check_between("n", count, 1, slots_.size());
   const std::int64_t first = slots_.find_free(count);
   if (first < 0) {
-    throw NoFreeSlotError("alloc_block: no " + std::to_string(count) + " neighbouring slots are free (" +
-                          std::to_string(slots_.size() - slots_.active()) + " of " + std::to_string(slots_.size()) +
-                          " are): free some, or ask for fewer");
+    throw NoFreeSlotError("alloc_block: n=" + std::to_string(count) + ": no " + std::to_string(count) +
+                          " neighbouring slots are free (" + std::to_string(slots_.size() - slots_.active()) + " of " +
+                          std::to_string(slots_.size()) + " are): free some, or ask for fewer");
   }
   std::vector<std::int64_t> block(static_cast<std::size_t>(count));
   std::iota(block.begin(), block.end(), first);

@@ -3,18 +3,10 @@
 #include <chrono>
 
 #include "vattn/checked.hpp"
+#include "vattn/driver/limits.hpp"
 #include "vattn/kv/kv_cache.hpp"
 
 namespace vattn {
-namespace {
-
-// Every mapped page costs the process some 200 bytes of its own. Only accounting can come near this many.
-constexpr std::uint64_t kMostPages = std::uint64_t{1} << 24;
-
-// From here on asking what is free costs little beside the growth, and spares a long growth that could only be undone again.
-constexpr std::uint64_t kAskFirstBytes = std::uint64_t{64} << 20;
-
-}  // namespace
 
 void KVCache::check_length(std::int64_t slot, std::int64_t tokens) const {
   const std::int64_t most = geometry_.config().max_seq_len;

@@ -109,6 +109,7 @@ void KVCache::write(std::int64_t layer, std::span<const std::int64_t> slots, std
                               " is outside its length, " + std::to_string(slots_.length(slots[i])) + ": step it first");
     }
   }
+  driver_->synchronize();  // k and v may come from work that still runs, and copies do not wait for it
   const auto element = static_cast<std::int64_t>(size_of(geometry_.config().dtype));
   const std::int64_t heads = geometry_.config().num_kv_heads;
   const auto copy_all = [&](const Tensor& tensor, Address from) {

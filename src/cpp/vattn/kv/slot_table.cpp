@@ -41,8 +41,8 @@ void SlotTable::give(std::int64_t slot) noexcept {
 }
 
 bool SlotTable::advance(std::span<const std::int64_t> lengths) noexcept {
-  // The sign bit of committed - length says that a length is past its memory, that of length itself that it is negative. A free slot
-  // has 0 committed, so any length is past it. No early exit and no branch: the common answer is that nothing grows.
+  // The sign bit of committed - length says that a length is past its memory, that of length itself that it is negative. A free
+  // slot has 0 committed, so any length is past it. No early exit and no branch: the common answer is that nothing grows.
   std::uint64_t past = 0;
   const std::int64_t* const committed = committed_.data();
   const std::size_t count = lengths.size();
@@ -52,7 +52,10 @@ bool SlotTable::advance(std::span<const std::int64_t> lengths) noexcept {
   }
   if (past >> 63 != 0) return false;
   std::int64_t* const current = lengths_.data();
-  for (std::size_t slot = 0; slot < count; ++slot) current[slot] = std::max(current[slot], lengths[slot]);
+  for (std::size_t slot = 0; slot < count; ++slot) {
+    // Bounded again: `lengths` is the caller's, and another thread of theirs may have written it since.
+    current[slot] = std::max(current[slot], std::min(lengths[slot], committed[slot]));
+  }
   return true;
 }
 

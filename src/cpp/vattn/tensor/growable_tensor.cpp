@@ -59,6 +59,29 @@ std::size_t GrowableTensor::pages_for(std::int64_t rows) const noexcept {
 
 void GrowableTensor::resize(std::int64_t rows) {
   const auto held = lock();
+  resize_locked(rows);
+}
+
+void GrowableTensor::append(Address rows, std::int64_t count) {
+  const auto held = lock();
+  if (count < 0 || count > config_.max_rows - rows_) {
+    throw std::invalid_argument("count=" + std::to_string(count) + " more than the " + std::to_string(rows_) +
+                                " rows there are must stay within max_rows=" + std::to_string(config_.max_rows));
+  }
+  if (count == 0) return;
+  if (rows == 0) throw std::invalid_argument("rows must not be null");
+  const std::int64_t old = rows_;
+  resize_locked(old + count);
+  try {
+    driver_->synchronize();  // the rows may come from work that still runs, and a copy does not wait for it
+    driver_->copy(buffer_->base() + static_cast<Address>(old * row_bytes_), rows, static_cast<std::size_t>(count * row_bytes_));
+  } catch (...) {
+    resize_locked(old);
+    throw;
+  }
+}
+
+void GrowableTensor::resize_locked(std::int64_t rows) {
   if (rows < 0 || rows > config_.max_rows) {
     throw std::invalid_argument("n=" + std::to_string(rows) +
                                 " rows must be between 0 and max_rows=" + std::to_string(config_.max_rows));
@@ -76,6 +99,20 @@ void GrowableTensor::resize(std::int64_t rows) {
                                  " of memory_limit=" + std::to_string(pool_->usage().limit_bytes) +
                                  " are available. Nothing changed: ask for fewer rows, or raise memory_limit",
                              growth.missing_pages() * page, available * page, pool_->usage().limit_bytes);
+    }
+    // Asked before anything is taken: a growth that cannot end well must not first take all the memory there is.
+    const std::uint64_t missing = growth.missing_pages();
+    if (missing * page >= kAskFirstBytes) {
+      const PagePool::Usage usage = pool_->usage();
+      const std::uint64_t to_create = missing > usage.pooled_pages ? missing - usage.pooled_pages : 0;
+      const std::uint64_t left = driver_->memory_info().available_bytes;
+      if (to_create > left / page || missing + usage.mapped_pages > kMostPages) {
+        throw OutOfMemoryError("resize: " + std::to_string(missing * page) + " bytes more are needed, and the " +
+                                   driver_->traits().name + " driver has " + std::to_string(left) + " left (and " +
+                                   std::to_string(kMostPages) + " pages at most can be counted). Nothing changed: ask for " +
+                                   "fewer rows, or use a larger page_size",
+                               missing * page, left, usage.limit_bytes);
+      }
     }
     growth.commit();
   } else if (rows < rows_ && pages < row.mapped_pages()) {
@@ -95,9 +132,11 @@ std::int64_t GrowableTensor::rows() const {
 
 GrowableTensor::View GrowableTensor::view() const {
   const auto held = lock();
-  View view{buffer_->base(), {rows_}, config_.dtype, driver_->traits().tensor_device, driver_->traits().tensor_device_index,
+  View view{buffer_->base(), {rows_}, {}, config_.dtype, driver_->traits().tensor_device, driver_->traits().tensor_device_index,
             buffer_};
   view.shape.insert(view.shape.end(), config_.row_shape.begin(), config_.row_shape.end());
+  view.strides.assign(view.shape.size(), 1);
+  for (std::size_t i = view.shape.size() - 1; i-- > 0;) view.strides[i] = view.strides[i + 1] * view.shape[i + 1];
   return view;
 }
 

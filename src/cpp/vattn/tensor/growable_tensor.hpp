@@ -31,6 +31,7 @@ class VATTN_API GrowableTensor {
   struct View {
     Address address = 0;
     std::vector<std::int64_t> shape{};
+    std::vector<std::int64_t> strides{};  ///< in elements
     DType dtype = DType::kFloat32;
     TensorDevice device = TensorDevice::kMeta;
     int device_index = 0;
@@ -47,6 +48,8 @@ class VATTN_API GrowableTensor {
 
   /// Gives the tensor `rows` rows. OutOfMemoryError, std::invalid_argument; nothing changed then.
   void resize(std::int64_t rows);
+  /// Copies `count` dense rows on the tensor's device behind the last one. As resize; nothing changed when it throws.
+  void append(Address rows, std::int64_t count);
   [[nodiscard]] std::int64_t rows() const;
   [[nodiscard]] View view() const;
   [[nodiscard]] std::uint64_t mapped_bytes() const;
@@ -65,6 +68,7 @@ class VATTN_API GrowableTensor {
   void check_memory_limit(std::int64_t bytes) const;
   void close_locked(PagePool::Losses& losses) noexcept;
   void check_counts();
+  void resize_locked(std::int64_t rows);
   [[nodiscard]] std::size_t pages_for(std::int64_t rows) const noexcept;
 
   Generation generation_;
