@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import vattn
@@ -21,6 +22,18 @@ PAGE = 64 << 10
 
 def mappings() -> int:
     return Path("/proc/self/maps").read_bytes().count(b"\n")
+
+
+def grow_at_random(cache: vattn.KVCache, pages: int, tokens_a_page: int, rng: random.Random) -> Iterator[None]:
+    """Grows every slot to `pages` pages a row, a page at a time in random order; yields after each."""
+    slots = cache.alloc_block(cache.max_batch_size)
+    lengths = dict.fromkeys(slots, 0)
+    order = slots * pages
+    rng.shuffle(order)
+    for slot in order:
+        lengths[slot] += tokens_a_page
+        cache.step({slot: lengths[slot]})
+        yield
 
 
 def token_major(gib: float, exact_limit: bool) -> tuple[int, int]:
@@ -34,13 +47,8 @@ def token_major(gib: float, exact_limit: bool) -> tuple[int, int]:
         32, 8, 128, max_batch_size=slots, max_seq_len=2 * pages * tokens_a_page, dtype="bfloat16", device="cpu",
         layout="NHD", memory_limit=limit,
     ) as cache:  # fmt: skip
-        cache.alloc_block(slots)
-        lengths = dict.fromkeys(range(slots), 0)
-        todo = [slot for slot in range(slots) for _ in range(pages)]
-        rng.shuffle(todo)
-        for slot in todo:
-            lengths[slot] += tokens_a_page
-            cache.step({slot: lengths[slot]})
+        for _ in grow_at_random(cache, pages, tokens_a_page, rng):
+            pass
         grown = mappings() - before
         most = grown
         for _ in range(200):
@@ -65,13 +73,7 @@ def head_major(gib: float) -> int:
         32, 8, 128, max_batch_size=slots, max_seq_len=2 * pages * tokens_a_page, dtype="bfloat16", device="cpu",
         layout="HND",
     ) as cache:  # fmt: skip
-        cache.alloc_block(slots)
-        lengths = dict.fromkeys(range(slots), 0)
-        todo = [slot for slot in range(slots) for _ in range(pages)]
-        rng.shuffle(todo)
-        for slot in todo:
-            lengths[slot] += tokens_a_page
-            cache.step({slot: lengths[slot]})
+        for _ in grow_at_random(cache, pages, tokens_a_page, rng):
             most = max(most, mappings() - before)
     return most
 

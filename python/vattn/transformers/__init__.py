@@ -20,7 +20,7 @@ Thread: as any transformers cache, one thread at a time a cache; different cache
 from __future__ import annotations
 
 try:
-    import torch as _torch  # noqa: F401
+    import torch as _torch  # noqa: F401  (asked for here so that one message names both)
     import transformers as _transformers
 except ImportError as error:
     raise ImportError("vattn.transformers needs torch and transformers: pip install 'vattn[transformers]'") from error
@@ -32,6 +32,7 @@ if not (5, 17) <= _version < (6, 0):
         "pip install 'vattn[transformers]'"
     )
 
+# Only now: these modules need the releases checked above, hence E402.
 from vattn.transformers.attention import register as _register  # noqa: E402
 from vattn.transformers.cache import VattnCache  # noqa: E402
 from vattn.transformers.layer import VattnLayer  # noqa: E402

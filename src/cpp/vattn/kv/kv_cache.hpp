@@ -136,7 +136,6 @@ class VATTN_API KVCache {
   void grow(std::span<const SlotLength> lengths);
   [[nodiscard]] std::uint64_t missing_pages(std::span<const SlotLength> lengths) const;
   [[nodiscard]] bool has_room_for(std::uint64_t missing) const;
-  [[noreturn]] void refuse_growth(std::uint64_t missing) const;
   /// Pages mapped beyond what lengths need: those the driver would not unmap.
   [[nodiscard]] std::uint64_t surplus_pages() const;
   void release_surplus() noexcept;

@@ -125,16 +125,6 @@ void KVCache::release_surplus() noexcept {
   }
 }
 
-void KVCache::refuse_growth(std::uint64_t missing) const {
-  const std::uint64_t page = pool_->page_size();
-  const std::uint64_t limit = pool_->usage().limit_bytes;
-  const std::uint64_t available = pool_->available_pages() * page;
-  throw OutOfMemoryError("step: " + std::to_string(missing * page) + " bytes more are needed, " + std::to_string(available) +
-                             " of memory_limit=" + std::to_string(limit) +
-                             " are available. Nothing changed: free or truncate slots, or raise memory_limit",
-                         missing * page, available, limit);
-}
-
 void KVCache::grow(std::span<const SlotLength> lengths) {
   std::uint64_t missing = missing_pages(lengths);
   if (missing > pool_->available_pages() && surplus_pages() != 0) {
@@ -142,19 +132,7 @@ void KVCache::grow(std::span<const SlotLength> lengths) {
     release_surplus();
     missing = missing_pages(lengths);
   }
-  if (missing > pool_->available_pages()) refuse_growth(missing);
-  if (missing + pool_->usage().mapped_pages > kMostPages) {
-    throw OutOfMemoryError("step: " + std::to_string(missing) + " pages more are needed, and " + std::to_string(kMostPages) +
-                               " are the most a cache can count. Nothing changed: use a larger page_size",
-                           missing * pool_->page_size(), kMostPages * pool_->page_size(), pool_->usage().limit_bytes);
-  }
-  if (missing * pool_->page_size() >= kAskFirstBytes && !has_room_for(missing)) {
-    const std::uint64_t available = driver_->memory_info().available_bytes;
-    throw OutOfMemoryError("step: " + std::to_string(missing * pool_->page_size()) + " bytes more are needed, and the " +
-                               driver_->traits().name + " driver has " + std::to_string(available) +
-                               " left. Nothing changed: free or truncate slots, or free memory elsewhere",
-                           missing * pool_->page_size(), available, pool_->usage().limit_bytes);
-  }
+  pool_->check_room("step", missing, "free or truncate slots, or raise memory_limit");
 
   Transaction growth(*pool_, zero_fill());
   for (const auto& [slot, tokens] : lengths) {

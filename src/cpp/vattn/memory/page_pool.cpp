@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "vattn/driver/limits.hpp"
+
 namespace vattn {
 
 void PagePool::Losses::note(std::uint64_t& count, const std::exception& error) noexcept {
@@ -147,6 +149,31 @@ std::uint64_t PagePool::available_pages() const noexcept {
   const std::lock_guard lock(mutex_);
   const std::uint64_t in_use = created_ - pooled_.size();
   return limit_pages() > in_use ? limit_pages() - in_use : 0;
+}
+
+void PagePool::check_room(const char* call, std::uint64_t missing, const char* way_out) const {
+  const Usage now = usage();
+  const std::uint64_t needed = missing * page_size_;
+  const auto refuse = [&](const std::string& why, std::uint64_t available) {
+    throw OutOfMemoryError(
+        std::string(call) + ": " + std::to_string(needed) + " bytes more are needed, " + why + ". Nothing changed: " + way_out,
+        needed, available, now.limit_bytes);
+  };
+  const std::uint64_t available = available_pages();
+  if (missing > available) {
+    const std::uint64_t bytes = available * page_size_;
+    refuse(std::to_string(bytes) + " of memory_limit=" + std::to_string(now.limit_bytes) + " are available", bytes);
+  }
+  if (missing + now.mapped_pages > kMostPages) {
+    refuse(std::to_string(missing) + " pages, and " + std::to_string(kMostPages) +
+               " are the most that can be counted: a larger " + "page_size needs fewer",
+           kMostPages * page_size_);
+  }
+  if (needed < kAskFirstBytes || missing <= now.pooled_pages) return;
+  const std::uint64_t left = driver_->memory_info().available_bytes;
+  if ((missing - now.pooled_pages) * page_size_ > left) {
+    refuse("and the " + std::string(driver_->traits().name) + " driver has " + std::to_string(left) + " left", left);
+  }
 }
 
 void PagePool::set_limit(std::uint64_t limit_bytes) noexcept {

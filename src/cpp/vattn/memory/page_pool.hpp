@@ -111,6 +111,11 @@ class VATTN_API PagePool {
   /// Pages that take() can still hand out by the budget, pooled ones included.
   [[nodiscard]] std::uint64_t available_pages() const noexcept;
 
+  /// Throws OutOfMemoryError where taking `missing` pages cannot end well: by the budget, by the most pages there are books
+  /// for, and, for large growth, by what the driver has. Asked before anything is taken, so that a growth that must fail does
+  /// not first take all the memory there is. `call` and `way_out` are for the message.
+  void check_room(const char* call, std::uint64_t missing, const char* way_out) const;
+
   void set_limit(std::uint64_t limit_bytes) noexcept;
 
   /// Releases pooled pages until at most `keep` pages exist. Pages the driver refuses to take stay pooled.

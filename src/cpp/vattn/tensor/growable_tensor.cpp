@@ -91,29 +91,7 @@ void GrowableTensor::resize_locked(std::int64_t rows) {
   if (pages > row.accessible_pages()) {
     Transaction growth(*pool_, false);
     growth.extend(row, pages);
-    const std::uint64_t available = pool_->available_pages();
-    const std::uint64_t page = pool_->page_size();
-    if (growth.missing_pages() > available) {
-      throw OutOfMemoryError("resize: " + std::to_string(growth.missing_pages() * page) + " bytes more are needed, " +
-                                 std::to_string(available * page) +
-                                 " of memory_limit=" + std::to_string(pool_->usage().limit_bytes) +
-                                 " are available. Nothing changed: ask for fewer rows, or raise memory_limit",
-                             growth.missing_pages() * page, available * page, pool_->usage().limit_bytes);
-    }
-    // Asked before anything is taken: a growth that cannot end well must not first take all the memory there is.
-    const std::uint64_t missing = growth.missing_pages();
-    if (missing * page >= kAskFirstBytes) {
-      const PagePool::Usage usage = pool_->usage();
-      const std::uint64_t to_create = missing > usage.pooled_pages ? missing - usage.pooled_pages : 0;
-      const std::uint64_t left = driver_->memory_info().available_bytes;
-      if (to_create > left / page || missing + usage.mapped_pages > kMostPages) {
-        throw OutOfMemoryError("resize: " + std::to_string(missing * page) + " bytes more are needed, and the " +
-                                   driver_->traits().name + " driver has " + std::to_string(left) + " left (and " +
-                                   std::to_string(kMostPages) + " pages at most can be counted). Nothing changed: ask for " +
-                                   "fewer rows, or use a larger page_size",
-                               missing * page, left, usage.limit_bytes);
-      }
-    }
+    pool_->check_room("resize", growth.missing_pages(), "ask for fewer rows, or raise memory_limit");
     growth.commit();
   } else if (rows < rows_ && pages < row.mapped_pages()) {
     driver_->synchronize();
