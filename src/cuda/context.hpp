@@ -59,17 +59,17 @@ class CurrentContext {
 
 /// A stream of our own, for filling and copying. Non-blocking, and not the NULL stream: work on the NULL stream waits for all
 /// the program's ordinary streams and holds them up in turn, so that zeroing one page would stop the model.
-class Stream {
+class OwnStream {
  public:
-  Stream(std::shared_ptr<const Libcuda> libcuda, const PrimaryContext& context)
+  OwnStream(std::shared_ptr<const Libcuda> libcuda, const PrimaryContext& context)
       : libcuda_(std::move(libcuda)), context_(context) {
     const Libcuda& cuda = *libcuda_;
     const CurrentContext current(cuda, context_);
     cuda.check(cuda->cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "cuStreamCreate", "a stream to fill and copy on");
   }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() {
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+  ~OwnStream() {
     if (!generation_.is_current()) return;
     const Libcuda& cuda = *libcuda_;
     if (cuda->cuCtxPushCurrent(context_.get()) != CUDA_SUCCESS) return;

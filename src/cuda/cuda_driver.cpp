@@ -16,6 +16,7 @@
 
 #include "cuda/context.hpp"
 #include "cuda/device.hpp"
+#include "cuda/fences.hpp"
 #include "cuda/libcuda.hpp"
 #include "vattn/driver/mapping_table.hpp"
 #include "vattn/fork.hpp"
@@ -33,6 +34,8 @@ std::string hex(Address at) {
   return text.str();
 }
 
+CUstream native(Stream stream) { return reinterpret_cast<CUstream>(stream); }
+
 std::string bytes(std::size_t size) { return std::to_string(size) + " bytes"; }
 std::string bytes_at(std::size_t size, Address at) { return bytes(size) + " at " + hex(at); }
 
@@ -43,6 +46,7 @@ class CudaDriver final : public Driver {
         device_(device),
         context_(libcuda, device),
         stream_(libcuda, context_),
+        fences_(libcuda, context_),
         traits_(ask_traits()),
         table_(traits_.granularity) {}
   CudaDriver(const CudaDriver&) = delete;
@@ -62,6 +66,12 @@ class CudaDriver final : public Driver {
   void fill_zero(Address at, std::size_t size) override;
   void copy(Address to, Address from, std::size_t size) override;
   void synchronize() override;
+  FenceHandle record(Stream stream) override;
+  bool has_passed(FenceHandle fence) override;
+  void wait(FenceHandle fence) override;
+  void wait_on(Stream stream, FenceHandle fence) override;
+  void drop(FenceHandle fence) noexcept override;
+  bool is_capturing(Stream stream) override;
 
  private:
   [[nodiscard]] const Libcuda& cuda() const noexcept { return *libcuda_; }
@@ -79,7 +89,8 @@ class CudaDriver final : public Driver {
   std::shared_ptr<const Libcuda> libcuda_;
   CUdevice device_;
   PrimaryContext context_;
-  Stream stream_;
+  OwnStream stream_;
+  Fences fences_;
   DriverTraits traits_;
   std::mutex mutex_;
   MappingTable table_;
@@ -101,6 +112,7 @@ DriverTraits CudaDriver::ask_traits() const {
   traits.tensor_device_index = traits.tensor_device == TensorDevice::kCuda ? device_ : 0;
   // Whether fresh pages are zero is documented nowhere, so they count as not zero.
   traits.fresh_pages_are_zero = false;
+  traits.has_streams = true;
   traits.has_memory = true;
   return traits;
 }
@@ -263,6 +275,41 @@ void CudaDriver::synchronize() {
   // wrong kernels.
   const CurrentContext current(cuda(), context_);
   cuda().check(cuda()->cuCtxSynchronize(), "cuCtxSynchronize", "wait for the device");
+}
+
+FenceHandle CudaDriver::record(Stream stream) {
+  check_process();
+  return fences_.record(native(stream));
+}
+
+bool CudaDriver::has_passed(FenceHandle fence) {
+  check_process();
+  return fences_.has_passed(fence);
+}
+
+void CudaDriver::wait(FenceHandle fence) {
+  check_process();
+  fences_.wait(fence);
+}
+
+void CudaDriver::wait_on(Stream stream, FenceHandle fence) {
+  check_process();
+  fences_.wait_on(native(stream), fence);
+}
+
+void CudaDriver::drop(FenceHandle fence) noexcept {
+  if (generation_.is_current()) fences_.drop(fence);
+}
+
+bool CudaDriver::is_capturing(Stream stream) {
+  check_process();
+  const CurrentContext current(cuda(), context_);
+  auto status = CU_STREAM_CAPTURE_STATUS_NONE;
+  const CUresult result = cuda()->cuStreamIsCapturing(native(stream), &status);
+  // The NULL stream cannot be asked, nor used, while a stream that it waits for is captured.
+  if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return true;
+  cuda().check(result, "cuStreamIsCapturing", "whether a stream is being captured");
+  return status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
 CudaDriver::~CudaDriver() {

@@ -19,6 +19,7 @@ using CUdeviceptr = unsigned long long;  // a virtual address of the device
 using CUmemGenericAllocationHandle = unsigned long long;
 using CUcontext = struct CUctx_st*;
 using CUstream = struct CUstream_st*;
+using CUevent = struct CUevent_st*;
 
 // ---- results ------------------------------------------------------------------------------------------------------------
 
@@ -34,14 +35,17 @@ enum CUresult : int {
   CUDA_ERROR_INVALID_CONTEXT = 201,
   CUDA_ERROR_INVALID_HANDLE = 400,
   CUDA_ERROR_NOT_FOUND = 500,
+  CUDA_ERROR_NOT_READY = 600,
   CUDA_ERROR_ILLEGAL_ADDRESS = 700,
   CUDA_ERROR_CONTEXT_IS_DESTROYED = 709,
   CUDA_ERROR_NOT_PERMITTED = 800,
   CUDA_ERROR_NOT_SUPPORTED = 801,
+  CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
+  CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906,
   CUDA_ERROR_UNKNOWN = 999,
 };
 
-// ---- devices and streams ------------------------------------------------------------------------------------------------
+// ---- devices, streams and events ----------------------------------------------------------------------------------------
 
 enum CUdevice_attribute : unsigned {
   CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102,
@@ -49,6 +53,17 @@ enum CUdevice_attribute : unsigned {
 
 /// A stream that neither waits for the NULL stream nor makes it wait.
 constexpr unsigned CU_STREAM_NON_BLOCKING = 0x1;
+
+/// Whoever waits for the event sleeps; otherwise he may spin.
+constexpr unsigned CU_EVENT_BLOCKING_SYNC = 0x1;
+/// The event has no time, and costs less.
+constexpr unsigned CU_EVENT_DISABLE_TIMING = 0x2;
+
+enum CUstreamCaptureStatus : unsigned {
+  CU_STREAM_CAPTURE_STATUS_NONE = 0,
+  CU_STREAM_CAPTURE_STATUS_ACTIVE = 1,
+  CU_STREAM_CAPTURE_STATUS_INVALIDATED = 2,  // a call that a capture does not allow has ended it
+};
 
 // ---- finding entry points -----------------------------------------------------------------------------------------------
 

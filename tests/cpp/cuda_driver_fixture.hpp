@@ -24,7 +24,7 @@ class CudaDriverTest : public testing::Test {
   }
   void TearDown() override {
     if (!cuda::on_fake()) return;
-    EXPECT_EQ(cuda::alive_on_fake(), std::vector<std::uint64_t>(9, 0)) << "something is left";
+    EXPECT_EQ(cuda::alive_on_fake(), cuda::nothing_alive()) << "something is left";
     EXPECT_EQ(fake_cuda_violations(), expected_violations_) << cuda::last_violation();
   }
 

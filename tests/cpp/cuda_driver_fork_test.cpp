@@ -14,6 +14,7 @@ TEST_F(CudaDriverTest, AForkedChildGetsClosedErrorAndCallsNothing) {
   const PageHandle page = driver->create(size, 0);
   driver->map(base, size, page);
   driver->set_access(base, size);
+  const FenceHandle fence = driver->record(0);
   const pid_t child = ::fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
@@ -37,6 +38,12 @@ TEST_F(CudaDriverTest, AForkedChildGetsClosedErrorAndCallsNothing) {
     good = good && closed([&] { driver->copy(base, base + 1, 1); });
     good = good && closed([&] { driver->synchronize(); });
     good = good && closed([&] { (void)driver->memory_info(); });
+    good = good && closed([&] { (void)driver->record(0); });
+    good = good && closed([&] { (void)driver->has_passed(fence); });
+    good = good && closed([&] { driver->wait(fence); });
+    good = good && closed([&] { driver->wait_on(0, fence); });
+    good = good && closed([&] { (void)driver->is_capturing(0); });
+    driver->drop(fence);
     good = good && driver->home(base) == 0;
     driver.reset();
     if (cuda::on_fake()) good = good && fake_cuda_violations() == 0;
@@ -46,6 +53,8 @@ TEST_F(CudaDriverTest, AForkedChildGetsClosedErrorAndCallsNothing) {
   ASSERT_EQ(::waitpid(child, &status, 0), child);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
   driver->fill_zero(base, size);  // the parent is unharmed
+  driver->wait(fence);
+  driver->drop(fence);
   driver->unmap(base, size);
   driver->release(page);
   driver->release_range(base, size);

@@ -17,6 +17,7 @@ TEST_F(CudaDriverTest, HasTheTraitsOfItsDevice) {
   EXPECT_STREQ(traits.name, "cuda");
   EXPECT_GE(traits.default_page_size, std::size_t{2} << 20);
   EXPECT_TRUE(traits.has_memory);
+  EXPECT_TRUE(traits.has_streams);
   EXPECT_FALSE(traits.reads_as_zeros);
   EXPECT_FALSE(traits.fresh_pages_are_zero);
   EXPECT_EQ(traits.mapping_limit, 0U);

@@ -97,8 +97,12 @@ inline std::vector<std::uint64_t> alive_on_fake() {
           counts.streams,
           counts.work,
           counts.bytes,
+          counts.events,
           static_cast<std::uint64_t>(fake_cuda_context_depth())};
 }
+
+/// What alive_on_fake() says when nothing is.
+inline std::vector<std::uint64_t> nothing_alive() { return std::vector<std::uint64_t>(10, 0); }
 
 /// The last rule that was broken, or nothing.
 inline std::string last_violation() {

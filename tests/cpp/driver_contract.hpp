@@ -5,7 +5,7 @@
 //   INSTANTIATE_TEST_SUITE_P(Null, DriverContract, testing::Values(DriverUnderTest{.name = "null", .open = open_null_driver}),
 //                            name_of_driver);
 //
-// The tests are in driver_contract.cpp. What only one driver does is tested beside its instantiation.
+// The tests are in driver_contract_*test.cpp. What only one driver does is tested beside its instantiation.
 // Thread: the tests make threads of their own; a DriverUnderTest's functions are called on the main one.
 #pragma once
 

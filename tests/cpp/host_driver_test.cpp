@@ -67,7 +67,8 @@ TEST(HostDriver, ReadingWhatWasNeverMappedCostsNoMemory) {
 }
 
 TEST(HostDriver, AForkedChildIsRefusedAndTheParentKeepsItsBytes) {
-  CacheConfig config{.num_layers = 1, .num_kv_heads = 1, .head_dim = 64, .max_batch_size = 1, .max_seq_len = 4096};
+  CacheConfig config{
+      .num_layers = 1, .num_kv_heads = 1, .head_dim = 64, .max_batch_size = 1, .max_seq_len = 4096, .lookahead_tokens = 0};
   auto cache = std::make_unique<KVCache>(config);
   cache->alloc();
   cache->step({{0, 8}});

@@ -36,6 +36,7 @@ class KVCacheTest : public testing::TestWithParam<DriverUnderTest> {
     config_.max_batch_size = 4;
     config_.max_seq_len = 1 << 20;
     config_.dtype = DType::kFloat16;
+    config_.lookahead_tokens = 0;  // counts are exact; the mapper has tests of its own
   }
 
   std::unique_ptr<KVCache> make() { return std::make_unique<KVCache>(config_, Device{}, driver_); }
@@ -90,12 +91,41 @@ TEST_P(KVCacheTest, GrowthSetsAccessOnceARunAndCreatesNothingThePoolHolds) {
   cache->step({{0, 4 * page_tokens}});
   EXPECT_EQ(driver_->calls(Verb::kMap), 16U);
   EXPECT_EQ(driver_->calls(Verb::kSetAccess), 4U);
-  cache->free(0);
-  const std::uint64_t created = driver_->calls(Verb::kCreate);
+}
+
+TEST_P(KVCacheTest, GrowthCreatesNothingThatThePoolHolds) {
+  config_.layout = Layout::kNHD;
+  const auto pool = PagePool::make(Device{}, driver_, driver_->traits().default_page_size, UINT64_MAX);
+  KVCache cache(config_, pool);
+  GrowableTensor tensor({.row_shape = {static_cast<std::int64_t>(pool->page_size())}, .max_rows = 16, .dtype = DType::kUInt8},
+                        pool);
+  tensor.resize(16);
+  tensor.resize(0);
+  EXPECT_EQ(pool->stats().pooled_bytes, 16 * pool->page_size());
+  cache.alloc();
+  cache.step({{0, 4 * cache.geometry().tokens_per_page()}});
+  EXPECT_EQ(pool->stats().created_bytes, 16 * pool->page_size());
+  EXPECT_EQ(pool->stats().pooled_bytes, 0U);
+  // Where an address has a page of its own, a pooled one is made anew in its place.
+  const bool any_page_will_do = driver_->home(cache.view(0, 0).k.address) == 0;
+  EXPECT_EQ(cache.stats().pages_reused, any_page_will_do ? 16U : 0U);
+}
+
+TEST_P(KVCacheTest, AWarmSlotServesTheNextRequestWithNoDriverCall) {
+  const auto cache = make();
+  const std::int64_t page_tokens = cache->geometry().tokens_per_page();
   cache->alloc();
   cache->step({{0, 4 * page_tokens}});
-  EXPECT_EQ(driver_->calls(Verb::kCreate), created);
-  EXPECT_EQ(cache->stats().pages_reused, 16U);
+  cache->free(0);
+  EXPECT_EQ(cache->stats().warm_slots, 1U);
+  EXPECT_EQ(cache->stats().warm_bytes, cache->stats().mapped_bytes);
+  const std::uint64_t calls = driver_->calls();
+  EXPECT_EQ(cache->alloc(), 0);
+  cache->step({{0, 4 * page_tokens}});
+  EXPECT_EQ(driver_->calls(), calls);
+  EXPECT_EQ(cache->stats().warm_prompts, 1U);
+  EXPECT_EQ(cache->stats().prompts, 2U);
+  EXPECT_EQ(cache->stats().reclaimable_bytes, 0U);
 }
 
 TEST_P(KVCacheTest, OutOfMemorySaysWhatWasMissingAndTakesNothing) {
@@ -140,7 +170,7 @@ TEST_P(KVCacheTest, TheLimitMovesWhileTheCacheLives) {
   EXPECT_EQ(cache->stats().mapped_bytes, static_cast<std::uint64_t>(12 * page));
 }
 
-TEST_P(KVCacheTest, TruncateGivesWholePagesBackAndKeepsTheRest) {
+TEST_P(KVCacheTest, TruncateGivesUpWholePagesAndKeepsTheRest) {
   config_.layout = Layout::kNHD;
   const auto cache = make();
   const std::int64_t page_tokens = cache->geometry().tokens_per_page();
@@ -151,7 +181,7 @@ TEST_P(KVCacheTest, TruncateGivesWholePagesBackAndKeepsTheRest) {
   cache->truncate(0, page_tokens / 2);
   EXPECT_EQ(cache->seq_len(0), page_tokens / 2);
   EXPECT_EQ(cache->committed_len(0), page_tokens);
-  EXPECT_EQ(cache->stats().pooled_bytes, 8 * driver_->traits().default_page_size);
+  EXPECT_EQ(cache->stats().reclaimable_bytes, 8 * driver_->traits().default_page_size);
   expect(k.address, 7, driver_->traits().default_page_size);
   EXPECT_THROW(cache->truncate(0, page_tokens), std::invalid_argument);
 }

@@ -63,7 +63,7 @@ CUresult cuMemGetAllocationGranularity(std::size_t* granularity, const CUmemAllo
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size, const CUmemAllocationProp* properties,
                      unsigned long long flags) {
-  FAKE_CUDA_ENTRY(entry, "cuMemCreate", Needs::kContext);
+  FAKE_CUDA_ENTRY(entry, "cuMemCreate", Needs::kNoCapture);
   if (handle == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
   if (const CUresult bad = check_properties(*entry, properties); bad != CUDA_SUCCESS) return bad;
   if (size == 0 || size % entry->settings.granularity != 0) return CUDA_ERROR_INVALID_VALUE;

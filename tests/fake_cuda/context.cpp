@@ -36,8 +36,7 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
   Device& released = entry->devices[static_cast<std::size_t>(device)];
   if (released.context_references == 0) return CUDA_ERROR_INVALID_CONTEXT;
   if (--released.context_references == 0) {
-    finish_device(*entry, device);
-    destroy_streams(*entry, device);
+    abandon_device(*entry, device);
   }
   return CUDA_SUCCESS;
 }
@@ -68,8 +67,8 @@ CUresult cuCtxGetCurrent(CUcontext* context) {
 }
 
 CUresult cuCtxSynchronize() {
-  FAKE_CUDA_ENTRY(entry, "cuCtxSynchronize", Needs::kContext);
-  finish_device(*entry, entry.device().ordinal);
+  FAKE_CUDA_ENTRY(entry, "cuCtxSynchronize", Needs::kNoCapture);
+  wait_for(entry, all_of_device(*entry, entry.device().ordinal));
   return CUDA_SUCCESS;
 }
 

@@ -26,10 +26,14 @@ constexpr std::array kTexts{
     FAKE_CUDA_TEXT(CUDA_ERROR_INVALID_CONTEXT, "invalid device context"),
     FAKE_CUDA_TEXT(CUDA_ERROR_INVALID_HANDLE, "invalid resource handle"),
     FAKE_CUDA_TEXT(CUDA_ERROR_NOT_FOUND, "named symbol not found"),
+    FAKE_CUDA_TEXT(CUDA_ERROR_NOT_READY, "device not ready"),
     FAKE_CUDA_TEXT(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered"),
     FAKE_CUDA_TEXT(CUDA_ERROR_CONTEXT_IS_DESTROYED, "context is destroyed"),
     FAKE_CUDA_TEXT(CUDA_ERROR_NOT_PERMITTED, "operation not permitted"),
     FAKE_CUDA_TEXT(CUDA_ERROR_NOT_SUPPORTED, "operation not supported"),
+    FAKE_CUDA_TEXT(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing"),
+    FAKE_CUDA_TEXT(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+                   "operation would make the legacy stream depend on a capturing blocking stream"),
     FAKE_CUDA_TEXT(CUDA_ERROR_UNKNOWN, "unknown error"),
 };
 

@@ -30,8 +30,11 @@ FAKE_CUDA_API void fake_cuda_reset(void);
 FAKE_CUDA_API void fake_cuda_set_devices(int count); /* 0 to 16 */
 FAKE_CUDA_API void fake_cuda_set_memory(uint64_t bytes_per_device);
 FAKE_CUDA_API void fake_cuda_set_granularity(uint64_t minimum, uint64_t recommended); /* powers of two, 4096 or more */
-FAKE_CUDA_API void fake_cuda_set_fill(int byte);      /* what fresh pages hold: 0xFF (NaN bits) by default; -1: zeros, faster */
-FAKE_CUDA_API void fake_cuda_set_vmm(int supported);  /* what the device attribute answers */
+FAKE_CUDA_API void fake_cuda_set_fill(int byte);     /* what fresh pages hold: 0xFF (NaN bits) by default; -1: zeros, faster */
+FAKE_CUDA_API void fake_cuda_set_vmm(int supported); /* what the device attribute answers */
+/* Each later call of `entry` takes that long in real time, calls that fail too, and takes effect at the end of it, at once.
+ * Calls of several threads take their time side by side. NULL: of every entry, whatever was set before; 0: no time. */
+FAKE_CUDA_API void fake_cuda_set_latency(const char* entry, uint64_t nanoseconds);
 FAKE_CUDA_API void fake_cuda_hide(const char* entry); /* cuGetProcAddress finds it no more; NULL: hide nothing */
 
 /* ---- what fails ------------------------------------------------------------------------------------------------------- */
@@ -50,10 +53,11 @@ typedef struct fake_cuda_counts {
   uint64_t mappings;
   uint64_t reservations;
   uint64_t context_references; /* of all primary contexts */
-  uint64_t streams;
-  uint64_t work;             /* kernels, fills and copies that were started and not waited for */
-  uint64_t bytes;            /* of allocations alive, be it through a reference or a mapping */
-  uint64_t null_stream_work; /* fills and copies started on the NULL stream, ever */
+  uint64_t streams;            /* made with cuStreamCreate; streams of the test do not count */
+  uint64_t work;               /* kernels, fills and copies that were given to a device and are not over */
+  uint64_t bytes;              /* of allocations alive, be it through a reference or a mapping */
+  uint64_t null_stream_work;   /* fills and copies started on the NULL stream, ever */
+  uint64_t events;
 } fake_cuda_counts;
 
 FAKE_CUDA_API void fake_cuda_count(fake_cuda_counts* counts);
@@ -67,12 +71,29 @@ FAKE_CUDA_API void fake_cuda_clear_calls(void);
  * the owning context is waited for (cuCtxSynchronize). Returns its id; 0, and a violation, when not all of the range is mapped
  * and accessible: a real kernel would fault. Unmapping what a running kernel uses is a violation and is refused. */
 FAKE_CUDA_API uint64_t fake_cuda_kernel_begin(uint64_t address, uint64_t size);
-FAKE_CUDA_API int fake_cuda_kernel_end(uint64_t kernel); /* 1: it was running until now */
+
+/* A kernel on a stream, behind the work that is there and the events that the stream waits for; 0: the NULL stream of the
+ * device that owns the page. With a duration it is over that long after it could start, by the real clock; with -1 it runs
+ * until kernel_end. Whoever waits for it really waits, so one with -1 needs another thread that ends it. Otherwise as above. */
+FAKE_CUDA_API uint64_t fake_cuda_kernel_begin_on(uint64_t stream, uint64_t address, uint64_t size, int64_t duration_us);
+
+/* Ends a kernel now, or, where it could not start yet, as soon as it could. 1: it was not over. */
+FAKE_CUDA_API int fake_cuda_kernel_end(uint64_t kernel);
+
+/* A stream for kernels of a test: a non-blocking one, as PyTorch's are. It needs no context and outlives all. 0: no such
+ * device. What runs on a destroyed stream goes on. */
+FAKE_CUDA_API uint64_t fake_cuda_stream_create(int device);
+FAKE_CUDA_API void fake_cuda_stream_destroy(uint64_t stream);
+
+/* The stream (0: every NULL stream) is being captured into a graph, or is not any more. cuStreamIsCapturing says so. While one
+ * is, cuMemCreate, cuMemMap, cuMemUnmap, cuMemSetAccess and cuCtxSynchronize, from any thread, are violations and are refused
+ * with CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, and asking about the NULL stream gets CUDA_ERROR_STREAM_CAPTURE_IMPLICIT. */
+FAKE_CUDA_API void fake_cuda_set_capturing(uint64_t stream, int on);
 
 /* ---- which rule was broken -------------------------------------------------------------------------------------------- */
 
 /* Calls that are undefined behaviour or a later fault with the real driver: unmapping under running work, releasing a handle
- * that is none, touching memory without access, any call in a forked child. Each is refused as well. */
+ * that is none, touching memory without access, changing it during a capture, any call in a forked child. Each is refused. */
 FAKE_CUDA_API uint64_t fake_cuda_violations(void);
 FAKE_CUDA_API size_t fake_cuda_last_violation(char* text, size_t size); /* its length; cut to size - 1 and terminated */
 

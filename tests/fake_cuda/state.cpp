@@ -7,6 +7,9 @@
 
 #include <cstdlib>
 #include <string>
+#include <thread>
+
+#include "work.hpp"
 
 namespace fake_cuda {
 namespace {
@@ -60,11 +63,14 @@ void State::reset() {
     device = Device{device.ordinal};
   }
   for (StreamState* stream : streams) delete stream;
+  for (EventState* event : events) delete event;
   reservations.clear();
   mappings.clear();
   allocations.clear();
   streams.clear();
+  events.clear();
   work.clear();
+  changed.notify_all();  // whoever waited for that work
   calls.clear();
   violations.clear();
   faults = Faults();
@@ -74,7 +80,26 @@ void State::reset() {
   context_stack().clear();
 }
 
-Entry::Entry(const char* name, Needs needs) : state_(state()), lock_(state_.mutex), refusal_(check(name, needs)) {}
+/// Lets the time of a call pass. Short times are spun away: a sleep takes tens of microseconds more than it is asked for.
+void pass(std::chrono::nanoseconds time) {
+  constexpr std::chrono::microseconds kSpun{100};
+  const Clock::time_point end = Clock::now() + time;
+  if (time > kSpun) std::this_thread::sleep_for(time - kSpun);
+  while (Clock::now() < end) {
+  }
+}
+
+Entry::Entry(const char* name, Needs needs) : state_(state()), lock_(state_.mutex) {
+  const auto own = state_.settings.latency.find(name);
+  const auto latency = own != state_.settings.latency.end() ? own->second : state_.settings.latency_of_all;
+  if (latency.count() > 0) {
+    lock_.unlock();
+    pass(latency);
+    lock_.lock();
+  }
+  advance(state_);
+  refusal_ = check(name, needs);
+}
 
 CUresult Entry::check(const char* name, Needs needs) {
   ++state_.calls[name];
@@ -89,7 +114,12 @@ CUresult Entry::check(const char* name, Needs needs) {
   const auto& stack = context_stack();
   if (stack.empty()) return CUDA_ERROR_INVALID_CONTEXT;
   device_ = stack.back();
-  return device_->context_references != 0 ? CUDA_SUCCESS : CUDA_ERROR_CONTEXT_IS_DESTROYED;
+  if (device_->context_references == 0) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
+  if (needs == Needs::kNoCapture && is_any_captured(state_)) {
+    state_.violate(std::string(name) + " while a stream is being captured");
+    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  }
+  return CUDA_SUCCESS;
 }
 
 }  // namespace fake_cuda

@@ -25,18 +25,15 @@ CUresult check_touch(State& state, int device, const char* call, Address at, std
   return CUDA_SUCCESS;
 }
 
-/// Puts work on a stream; null is the NULL stream.
-CUresult enqueue(State& state, int device, CUstream stream, Work work) {
-  const auto* on = reinterpret_cast<StreamState*>(stream);
-  if (on == nullptr) ++state.null_stream_work;
+/// Puts a fill or a copy on a stream; null is the NULL stream.
+CUresult transfer(State& state, int device, CUstream stream, std::vector<Range> uses, std::function<void()> effect) {
+  if (stream == nullptr) ++state.null_stream_work;
+  Work work;
   work.device = device;
-  work.stream = on;
-  start(state, std::move(work));
+  work.uses = std::move(uses);
+  work.effect = std::move(effect);
+  enqueue(state, stream, std::move(work));
   return CUDA_SUCCESS;
-}
-
-bool is_stream(const State& state, CUstream stream) {
-  return stream == nullptr || state.streams.count(reinterpret_cast<StreamState*>(stream)) != 0;
 }
 
 void* pointer(Address at) { return reinterpret_cast<void*>(at); }
@@ -59,7 +56,7 @@ CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t size, 
   if (!is_stream(*entry, stream)) return CUDA_ERROR_INVALID_HANDLE;
   const CUresult bad = check_touch(*entry, device, "cuMemsetD8Async", at, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
   if (bad != CUDA_SUCCESS) return bad;
-  return enqueue(*entry, device, stream, {0, nullptr, {{at, size}}, [=] { std::memset(pointer(at), value, size); }});
+  return transfer(*entry, device, stream, {{at, size}}, [=] { std::memset(pointer(at), value, size); });
 }
 
 CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, std::size_t size, CUstream stream) {
@@ -69,8 +66,7 @@ CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, std::size_t size, C
   CUresult bad = check_touch(*entry, device, "cuMemcpyDtoDAsync", to, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
   if (bad == CUDA_SUCCESS) bad = check_touch(*entry, device, "cuMemcpyDtoDAsync", from, size, CU_MEM_ACCESS_FLAGS_PROT_READ);
   if (bad != CUDA_SUCCESS) return bad;
-  return enqueue(*entry, device, stream,
-                 {0, nullptr, {{to, size}, {from, size}}, [=] { std::memmove(pointer(to), pointer(from), size); }});
+  return transfer(*entry, device, stream, {{to, size}, {from, size}}, [=] { std::memmove(pointer(to), pointer(from), size); });
 }
 
 CUresult cuMemcpyHtoD(CUdeviceptr to, const void* from, std::size_t size) {
@@ -78,7 +74,7 @@ CUresult cuMemcpyHtoD(CUdeviceptr to, const void* from, std::size_t size) {
   const int device = entry.device().ordinal;
   const CUresult bad = check_touch(*entry, device, "cuMemcpyHtoD", to, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
   if (bad != CUDA_SUCCESS) return bad;
-  finish_stream(*entry, device, nullptr);
+  wait_for(entry, all_of_queue(entry.device().null_stream));
   std::memcpy(pointer(to), from, size);
   return CUDA_SUCCESS;
 }
@@ -88,7 +84,7 @@ CUresult cuMemcpyDtoH(void* to, CUdeviceptr from, std::size_t size) {
   const int device = entry.device().ordinal;
   const CUresult bad = check_touch(*entry, device, "cuMemcpyDtoH", from, size, CU_MEM_ACCESS_FLAGS_PROT_READ);
   if (bad != CUDA_SUCCESS) return bad;
-  finish_stream(*entry, device, nullptr);
+  wait_for(entry, all_of_queue(entry.device().null_stream));
   std::memcpy(to, pointer(from), size);
   return CUDA_SUCCESS;
 }

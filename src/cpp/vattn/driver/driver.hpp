@@ -19,8 +19,10 @@
 
 namespace vattn {
 
-using Address = std::uint64_t;     ///< a virtual address, of the device or of the host
-using PageHandle = std::uint64_t;  ///< a physical page; never 0
+using Address = std::uint64_t;      ///< a virtual address, of the device or of the host
+using PageHandle = std::uint64_t;   ///< a physical page; never 0
+using Stream = std::uint64_t;       ///< a queue of work, in the device's own terms (a CUstream); 0 is its default one
+using FenceHandle = std::uint64_t;  ///< a mark in a stream; never 0
 
 /// What a read of a reserved address with no page behind it does.
 enum class UnmappedReads : std::uint8_t { kFault, kZeros };
@@ -37,6 +39,7 @@ struct DriverTraits {
   int tensor_device_index = 0;
   bool reads_as_zeros = false;        ///< reserve(..., kZeros) is possible
   bool fresh_pages_are_zero = false;  ///< a page that create() just made holds zeros, guaranteed
+  bool has_streams = false;           ///< work runs behind the caller's back, and fences tell when it has finished
   bool has_memory = false;            ///< fill and copy reach real bytes (false: accounting only)
   std::uint64_t mapping_limit = 0;    ///< mappings this process may have; 0: no such wall
 };
@@ -98,6 +101,27 @@ class VATTN_API Driver {
 
   /// Waits until no work started before it can touch this driver's memory.
   virtual void synchronize() = 0;
+
+  // Fences: when has the work that used some memory finished? Only where traits().has_streams; elsewhere work is done when its
+  // call returns, and these five refuse with std::invalid_argument.
+
+  /// Marks what was started on `stream` until now.
+  [[nodiscard]] virtual FenceHandle record(Stream stream);
+
+  /// Whether what the fence marks has finished. Does not wait.
+  [[nodiscard]] virtual bool has_passed(FenceHandle fence);
+
+  /// Waits on the host until what the fence marks has finished.
+  virtual void wait(FenceHandle fence);
+
+  /// What is started on `stream` from now on waits for the fence, on the device; the caller does not.
+  virtual void wait_on(Stream stream, FenceHandle fence);
+
+  /// Forgets a fence, passed or not.
+  virtual void drop(FenceHandle fence) noexcept;
+
+  /// Whether work given to the stream is being captured into a graph instead of being run. False where there are no streams.
+  [[nodiscard]] virtual bool is_capturing(Stream stream);
 };
 
 /// synchronize(), for undoing and closing: a device that cannot be waited for runs nothing any more, and giving back is tried

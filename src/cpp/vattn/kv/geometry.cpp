@@ -54,6 +54,18 @@ Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : conf
       checked_add(checked_mul(k_.rows, k_.row_bytes, total), checked_mul(v_.rows, v_.row_bytes, total), total);
   const std::int64_t all = checked_mul(pair, groups(), total);
   check_address_space(total, all, driver);
+  choose_lookahead(driver);
+}
+
+void Geometry::choose_lookahead(const DriverTraits& driver) {
+  const std::int64_t longest = config_.max_seq_len;
+  // A page ahead: while one is filled, token by token, the next is mapped. Where a page holds few tokens, enough of them that
+  // the mapper has some ten milliseconds. Where pages cost nothing there is nothing to hide.
+  const std::int64_t page_ahead = std::max<std::int64_t>(tokens_per_page(), 64);
+  check_between("lookahead_tokens", config_.lookahead_tokens.value_or(0), 0, kMost);
+  check_between("warm_tokens", config_.warm_tokens.value_or(0), 0, kMost);
+  lookahead_tokens_ = std::min(config_.lookahead_tokens.value_or(driver.has_memory ? page_ahead : 0), longest);
+  warm_tokens_ = lookahead_tokens_ == 0 ? 0 : std::min<std::int64_t>(config_.warm_tokens.value_or(1), longest);
 }
 
 void Geometry::choose_layout(const DriverTraits& driver) {

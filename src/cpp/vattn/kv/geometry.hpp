@@ -33,6 +33,11 @@ struct CacheConfig {
   std::optional<UnmappedReads> unmapped_reads{};  ///< none: zeros where the driver can, else fault
   std::int64_t guard_tokens = 0;                  ///< tokens past every length kept committed and zeroed
   bool scrub = false;                             ///< zero a page before another request can see it
+  /// How far the mapper thread stays ahead of every slot in use; none: a page, 64 tokens at least, and 0 where there is no
+  /// memory; 0: no thread.
+  std::optional<std::int64_t> lookahead_tokens{};
+  /// How far the mapper keeps one free slot mapped for the next request; none: a page in every tensor; 0: not at all.
+  std::optional<std::int64_t> warm_tokens{};
 };
 
 /// One kind of tensor, K or V: every K tensor of a cache has the same geometry, and so has every V tensor.
@@ -65,6 +70,10 @@ class VATTN_API Geometry {
   /// Tokens that `pages` pages hold in front of the guard, at most max_seq_len.
   [[nodiscard]] std::int64_t tokens_in(const TensorGeometry& tensor, std::int64_t pages) const noexcept;
 
+  /// At most max_seq_len; 0: no mapper.
+  [[nodiscard]] std::int64_t lookahead_tokens() const noexcept { return lookahead_tokens_; }
+  [[nodiscard]] std::int64_t warm_tokens() const noexcept { return warm_tokens_; }
+
   /// Pages that grow one slot by one page in every tensor.
   [[nodiscard]] std::int64_t pages_per_group() const noexcept { return groups() * rows_per_slot() * (has_v() ? 2 : 1); }
   /// Whole tokens that a page holds in one tensor; 0 where a token spans pages.
@@ -85,6 +94,7 @@ class VATTN_API Geometry {
   [[nodiscard]] Strides strides(const TensorGeometry& tensor) const noexcept;
 
  private:
+  void choose_lookahead(const DriverTraits& driver);
   void choose_layout(const DriverTraits& driver);
   [[nodiscard]] TensorGeometry tensor(std::int64_t head_dim) const;
 
@@ -92,6 +102,8 @@ class VATTN_API Geometry {
   Layout layout_ = Layout::kNHD;
   std::int64_t page_size_ = 0;
   UnmappedReads unmapped_reads_ = UnmappedReads::kFault;
+  std::int64_t lookahead_tokens_ = 0;
+  std::int64_t warm_tokens_ = 0;
   TensorGeometry k_;
   TensorGeometry v_;
 };

@@ -9,8 +9,9 @@
 // Promises: step is a transaction; an error leaves lengths, mappings and page counts as they were, and the message says what
 // to do. Errors: the types of error.hpp; bad arguments are std::invalid_argument, std::out_of_range (a slot, a layer, a
 // position) or std::overflow_error. free and truncate never fail for a page that the driver will not unmap: it stays mapped, is
-// counted as reclaimable, and is tried again. After close(), and in a forked child, every method throws ClosedError. Thread:
-// any method from any thread; one mutex a cache.
+// counted as reclaimable, and is tried again. Memory is taken away only from what nobody was promised, and only once the work
+// that used it has finished. After close(), and in a forked child, every method throws ClosedError. Thread: any method from any
+// thread; one mutex a cache, which the mapper thread never takes.
 #pragma once
 
 #include <initializer_list>
@@ -27,8 +28,9 @@
 #include "vattn/kv/geometry.hpp"
 #include "vattn/kv/slot_table.hpp"
 #include "vattn/kv/stats.hpp"
+#include "vattn/memory/growth.hpp"
+#include "vattn/memory/mapper.hpp"
 #include "vattn/memory/page_pool.hpp"
-#include "vattn/memory/transaction.hpp"
 #include "vattn/tensor/buffer.hpp"
 #include "vattn/tensor/tensor_view.hpp"
 
@@ -51,27 +53,33 @@ class VATTN_API KVCache {
   explicit KVCache(const CacheConfig& config, Device device = {});
   /// On a driver of the caller's making.
   KVCache(const CacheConfig& config, Device device, std::shared_ptr<Driver> driver);
+  /// On a budget shared with others; the pool's page size and limit, so none in `config`.
+  KVCache(const CacheConfig& config, std::shared_ptr<PagePool> pool);
   ~KVCache();
   KVCache(const KVCache&) = delete;
   KVCache& operator=(const KVCache&) = delete;
   KVCache(KVCache&&) = delete;
   KVCache& operator=(KVCache&&) = delete;
 
-  // Slots.
-  /// The lowest free slot; NoFreeSlotError when all are taken.
-  std::int64_t alloc();
+  // Slots. On a device with streams, `stream` is the one whose work comes next (alloc) or used the slot (free, truncate);
+  // without it, and without record_stream(), the call waits for the device instead.
+  /// A free slot; NoFreeSlotError when all are taken. Of the warm ones, the smallest that has memory for `expected_len` tokens,
+  /// else the largest; of cold ones the lowest. The stream is made to wait for what still uses the slot's memory.
+  std::int64_t alloc(std::optional<std::int64_t> expected_len = {}, std::optional<Stream> stream = {});
   /// `count` neighbouring slots, ascending.
-  std::vector<std::int64_t> alloc_block(std::int64_t count);
-  /// Forgets the slot. Its pages go back to the pool; on a device, after the work in flight has finished.
-  void free(std::int64_t slot);
+  std::vector<std::int64_t> alloc_block(std::int64_t count, std::optional<Stream> stream = {});
+  /// Forgets the slot. Its memory stays mapped, for the next request or for whoever needs it, and is guarded by fences.
+  void free(std::int64_t slot, std::optional<Stream> stream = {});
+  /// The stream uses this cache too: what is given up from now on waits for its work as well.
+  void record_stream(Stream stream);
   [[nodiscard]] std::vector<std::int64_t> slots() const;
   [[nodiscard]] std::int64_t active_slots() const;
 
   // Lengths.
   /// One length a slot, max_batch_size entries; 0 leaves a slot alone. Lengths never shrink.
-  void step(std::span<const std::int64_t> lengths);
-  /// Only the slots named.
-  void step(std::span<const SlotLength> lengths);
+  void step(std::span<const std::int64_t> lengths, std::optional<Stream> stream = {});
+  /// Only the slots named. The stream is only asked whether it is being captured: growth cannot be.
+  void step(std::span<const SlotLength> lengths, std::optional<Stream> stream = {});
   void step(std::initializer_list<SlotLength> lengths) { step(std::span(lengths.begin(), lengths.size())); }
   /// step, if it can be done at once: no growth, no waiting for the lock. False: nothing changed, call step.
   [[nodiscard]] bool try_step(std::span<const std::int64_t> lengths) noexcept;
@@ -79,15 +87,16 @@ class VATTN_API KVCache {
   [[nodiscard]] bool fits(std::span<const std::int64_t> lengths) const;
   [[nodiscard]] bool fits(std::span<const SlotLength> lengths) const;
   /// Forgets the tokens from `tokens` on. On a driver's failure to zero the guard, the length stays and the tail may be zeroed.
-  void truncate(std::int64_t slot, std::int64_t tokens);
+  void truncate(std::int64_t slot, std::int64_t tokens, std::optional<Stream> stream = {});
   [[nodiscard]] std::int64_t seq_len(std::int64_t slot) const;
+  /// Tokens that have memory now, look-ahead included; what truncate gave up is not.
   [[nodiscard]] std::int64_t committed_len(std::int64_t slot) const;
 
   // Memory. Shapes are always (slot, token, head, dim), whatever the layout.
   /// (length, heads, dim): exactly the tokens in use.
   [[nodiscard]] KVView<3> view(std::int64_t layer, std::int64_t slot) const;
-  /// (n, length, heads, dim) of equally spaced ascending slots.
-  [[nodiscard]] KVView<4> batch(std::int64_t layer, std::span<const std::int64_t> slots, std::int64_t length) const;
+  /// (n, length, heads, dim) of equally spaced ascending slots. Memory beyond a length that it shows is promised from then on.
+  [[nodiscard]] KVView<4> batch(std::int64_t layer, std::span<const std::int64_t> slots, std::int64_t length);
   /// (max_batch_size, max_seq_len, heads, dim): the whole reservation, memory or not.
   [[nodiscard]] KVView<4> layer(std::int64_t layer) const;
   /// Copies new tokens of several slots: entry i goes to positions[i] of slots[i]. `k` and `v` are dense (n, heads, dim) on the
@@ -100,6 +109,8 @@ class VATTN_API KVCache {
   /// Holds at once for growth; takes nothing from active slots.
   void set_memory_limit(std::int64_t bytes);
   [[nodiscard]] CacheStats stats() const;
+  /// Waits until the mapper thread has mapped what it can for now; at once where there is none.
+  void settle() const;
 
   /// Gives everything back but what living views hold. Throws Error naming what the driver would not take; closed all the same.
   void close();
@@ -107,6 +118,7 @@ class VATTN_API KVCache {
 
   [[nodiscard]] const Geometry& geometry() const noexcept { return geometry_; }
   [[nodiscard]] Device device() const noexcept { return device_; }
+  [[nodiscard]] const std::string& name() const noexcept { return holder_->name(); }
 
  private:
   struct Tensor {
@@ -122,6 +134,8 @@ class VATTN_API KVCache {
     std::int64_t tokens;
   };
 
+  void reserve_tensors();
+  [[nodiscard]] std::uint64_t first_limit() const;
   [[nodiscard]] std::unique_lock<std::mutex> lock() const;
   void check_memory_limit(std::int64_t bytes) const;
   void check_active(const char* parameter, std::int64_t slot) const;
@@ -129,20 +143,29 @@ class VATTN_API KVCache {
   void check_named(std::span<const SlotLength> lengths) const;
   [[nodiscard]] std::vector<SlotLength> named(std::span<const std::int64_t> lengths) const;
 
-  /// Pages are zeroed as they enter a row: for another request's sake, or for the guard's.
+  /// Pages are zeroed as they are promised: for another request's sake, or for the guard's.
   [[nodiscard]] bool zero_fill() const noexcept { return geometry_.config().scrub || geometry_.config().guard_tokens != 0; }
-  template <typename Visit>
-  void each_row(std::int64_t slot, Visit&& visit) const;
-  void grow(std::span<const SlotLength> lengths);
-  [[nodiscard]] std::uint64_t missing_pages(std::span<const SlotLength> lengths) const;
-  [[nodiscard]] bool has_room_for(std::uint64_t missing) const;
-  /// Pages mapped beyond what lengths need: those the driver would not unmap.
-  [[nodiscard]] std::uint64_t surplus_pages() const;
-  void release_surplus() noexcept;
-  void clean(std::int64_t slot);
-  void update_committed(std::int64_t slot) noexcept;
+  [[nodiscard]] Extent extent(std::int64_t tokens) const noexcept;
+  [[nodiscard]] std::int64_t tokens_in(const Extent& pages) const noexcept;
+  [[nodiscard]] const RowGroup& group(std::int64_t slot) const noexcept {
+    return holder_->group(static_cast<std::size_t>(slot));
+  }
+  [[nodiscard]] std::int64_t committed_tokens(std::int64_t slot) const;
+  /// Look-ahead that a view shows must not be taken away from under it.
+  void promise(std::span<const std::int64_t> slots, std::int64_t tokens);
+  void grow(std::span<const SlotLength> lengths, std::optional<Stream> stream);
+  [[nodiscard]] bool has_room_for(std::span<const SlotLength> lengths) const;
+  [[nodiscard]] bool holds_more_than(std::int64_t slot, const Extent& kept) const;
+  void update_quiet(std::int64_t slot) noexcept;
   void check_counts();
   void close_locked(PagePool::Losses& losses) noexcept;
+
+  [[nodiscard]] std::int64_t best_free(std::int64_t expected) const;
+  void order(const Fences& fences, std::optional<Stream> stream);
+  void check_not_capturing(const char* call, std::optional<Stream> stream) const;
+  [[nodiscard]] Fences fence_work(std::optional<Stream> stream);
+  void retire(std::int64_t slot, const PagePool::Kept& kept, const Fences& fences);
+  [[nodiscard]] Extent ahead_of(std::int64_t tokens) const noexcept;
 
   [[nodiscard]] std::pair<const Tensor*, const Tensor*> tensors_of(std::int64_t layer) const;
   [[nodiscard]] TensorView<4> make_view(const Tensor& tensor, std::int64_t layer, const SlotRange& range) const;
@@ -152,22 +175,20 @@ class VATTN_API KVCache {
   Device device_;
   std::shared_ptr<CountingDriver> driver_;
   Geometry geometry_;
+  bool shares_pool_;
   std::shared_ptr<PagePool> pool_;
   std::vector<Tensor> tensors_;  // K of group 0, V of group 0 (if any), K of group 1, ...
+  std::unique_ptr<Holder> holder_;
+  std::unique_ptr<Mapper> mapper_;  // null without look-ahead
   mutable std::mutex mutex_;
   SlotTable slots_;
-  std::vector<std::uint8_t> dirty_;  // free slots that kept pages the driver would not unmap
+  std::vector<std::uint8_t> fresh_;  // slots whose request has not stepped yet
+  std::vector<Stream> streams_;      // recorded
   std::uint64_t map_wait_ns_ = 0;
+  std::uint64_t prompts_ = 0;
+  std::uint64_t warm_prompts_ = 0;
+  std::uint64_t steps_waited_ = 0;
   bool closed_ = false;
 };
-
-template <typename Visit>
-void KVCache::each_row(std::int64_t slot, Visit&& visit) const {
-  const std::int64_t rows = geometry_.rows_per_slot();
-  for (const Tensor& tensor : tensors_) {
-    for (std::int64_t row = 0; row < rows; ++row)
-      visit(tensor, tensor.buffer->row(static_cast<std::size_t>(slot * rows + row)));
-  }
-}
 
 }  // namespace vattn

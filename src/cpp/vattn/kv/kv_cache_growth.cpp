@@ -1,4 +1,4 @@
-// KVCache: step, fits and truncate. One plan for all slots, committed by one Transaction.
+// KVCache: step, fits and truncate. One plan for all slots, committed by one Growth.
 #include <algorithm>
 #include <chrono>
 
@@ -50,126 +50,127 @@ bool KVCache::try_step(std::span<const std::int64_t> lengths) noexcept {
   return slots_.advance(lengths);
 }
 
-void KVCache::step(std::span<const std::int64_t> lengths) {
+void KVCache::step(std::span<const std::int64_t> lengths, std::optional<Stream> stream) {
   const auto held = lock();
   if (static_cast<std::int64_t>(lengths.size()) == slots_.size() && slots_.advance(lengths)) return;
   const std::vector<SlotLength> pairs = named(lengths);
   check_named(pairs);
-  grow(pairs);
+  grow(pairs, stream);
 }
 
-void KVCache::step(std::span<const SlotLength> lengths) {
+void KVCache::step(std::span<const SlotLength> lengths, std::optional<Stream> stream) {
   const auto held = lock();
   check_named(lengths);
-  grow(lengths);
+  grow(lengths, stream);
 }
 
 bool KVCache::fits(std::span<const std::int64_t> lengths) const {
   const auto held = lock();
   const std::vector<SlotLength> pairs = named(lengths);
   check_named(pairs);
-  return has_room_for(missing_pages(pairs));
+  return has_room_for(pairs);
 }
 
 bool KVCache::fits(std::span<const SlotLength> lengths) const {
   const auto held = lock();
   check_named(lengths);
-  return has_room_for(missing_pages(lengths));
+  return has_room_for(lengths);
 }
 
-bool KVCache::has_room_for(std::uint64_t missing) const {
-  if (missing == 0) return true;
-  if (missing + pool_->usage().mapped_pages > kMostPages) return false;
-  if (missing > pool_->available_pages() + surplus_pages()) return false;
-  const std::uint64_t pooled = pool_->usage().pooled_pages;
-  const std::uint64_t to_create = missing > pooled ? missing - pooled : 0;
-  return to_create == 0 || to_create * pool_->page_size() <= driver_->memory_info().available_bytes;
+Extent KVCache::extent(std::int64_t tokens) const noexcept {
+  // More pages than a row can count are more than there are books for, and refused as such.
+  const auto pages = [&](const TensorGeometry& tensor) {
+    return static_cast<std::uint32_t>(std::min<std::int64_t>(geometry_.pages_for(tensor, tokens), UINT32_MAX));
+  };
+  return {pages(geometry_.k()), geometry_.has_v() ? pages(geometry_.v()) : 0};
 }
 
-std::uint64_t KVCache::missing_pages(std::span<const SlotLength> lengths) const {
+std::int64_t KVCache::tokens_in(const Extent& pages) const noexcept {
+  const std::int64_t in_k = geometry_.tokens_in(geometry_.k(), pages[0]);
+  return geometry_.has_v() ? std::min(in_k, geometry_.tokens_in(geometry_.v(), pages[1])) : in_k;
+}
+
+bool KVCache::has_room_for(std::span<const SlotLength> lengths) const {
+  std::uint64_t promised = 0;
   std::uint64_t missing = 0;
-  for (const auto& [slot, tokens] : lengths) {
-    if (tokens <= slots_.committed(slot)) continue;
-    each_row(slot, [&, count = tokens](const Tensor& tensor, const Row& row) {
-      const auto needed = static_cast<std::uint64_t>(geometry_.pages_for(*tensor.geometry, count));
-      if (needed > row.mapped_pages()) missing += needed - row.mapped_pages();
-    });
-  }
-  return missing;
-}
-
-std::uint64_t KVCache::surplus_pages() const {
-  std::int64_t needed = 0;
-  for (std::int64_t slot = 0; slot < slots_.size(); ++slot) {
-    const std::int64_t tokens = slots_.length(slot);
-    if (tokens == 0) continue;
-    needed += geometry_.pages_for(geometry_.k(), tokens);
-    if (geometry_.has_v()) needed += geometry_.pages_for(geometry_.v(), tokens);
-  }
-  needed *= geometry_.groups() * geometry_.rows_per_slot();
-  return pool_->usage().mapped_pages - static_cast<std::uint64_t>(needed);
-}
-
-void KVCache::release_surplus() noexcept {
-  for (std::int64_t slot = 0; slot < slots_.size(); ++slot) {
-    bool emptied = true;
-    each_row(slot, [&](const Tensor& tensor, Row& row) {
-      const auto needed = static_cast<std::size_t>(geometry_.pages_for(*tensor.geometry, slots_.length(slot)));
-      emptied = row.shrink(*pool_, needed) && emptied;
-    });
-    if (slots_.is_active(slot)) {
-      update_committed(slot);
-    } else if (emptied) {
-      dirty_[static_cast<std::size_t>(slot)] = 0;
+  {
+    const auto ledger = pool_->lock();
+    for (const auto& [slot, tokens] : lengths) {
+      const Extent wanted = extent(tokens);
+      const auto beyond = [&](const Extent& have) {
+        return holder_->pages_in({wanted[0] - std::min(wanted[0], have[0]), wanted[1] - std::min(wanted[1], have[1])});
+      };
+      const RowGroup& memory = group(slot);
+      promised += beyond(memory.held);
+      missing += beyond({std::max(memory.held[0], memory.ready[0]), std::max(memory.held[1], memory.ready[1])});
     }
   }
+  return pool_->has_room(promised, missing);
 }
 
-void KVCache::grow(std::span<const SlotLength> lengths) {
-  std::uint64_t missing = missing_pages(lengths);
-  if (missing > pool_->available_pages() && surplus_pages() != 0) {
-    driver_->synchronize();
-    release_surplus();
-    missing = missing_pages(lengths);
-  }
-  pool_->check_room("step", missing, "free or truncate slots, or raise memory_limit");
+Extent KVCache::ahead_of(std::int64_t tokens) const noexcept {
+  const std::int64_t longest = geometry_.config().max_seq_len;
+  const std::int64_t lookahead = geometry_.lookahead_tokens();
+  return lookahead == 0 ? Extent{} : extent(tokens + std::min(lookahead, longest - tokens));
+}
 
-  Transaction growth(*pool_, zero_fill());
+void KVCache::grow(std::span<const SlotLength> lengths, std::optional<Stream> stream) {
+  Growth growth(*pool_, *holder_, zero_fill());
   for (const auto& [slot, tokens] : lengths) {
-    if (tokens <= slots_.committed(slot)) continue;
-    each_row(slot, [&, count = tokens](const Tensor& tensor, Row& row) {
-      growth.extend(row, static_cast<std::size_t>(geometry_.pages_for(*tensor.geometry, count)));
-    });
+    if (tokens <= slots_.quiet(slot)) continue;
+    growth.extend(static_cast<std::size_t>(slot), extent(tokens), ahead_of(tokens));
   }
+  bool waited = false;
   if (!growth.empty()) {
+    check_not_capturing("step", stream);
     const auto start = std::chrono::steady_clock::now();
-    try {
-      growth.commit();
-    } catch (const OutOfMemoryError& error) {
-      const std::uint64_t needed = missing * pool_->page_size();
-      throw OutOfMemoryError(
-          "step: " + std::to_string(needed) + " bytes more are needed and were not to be had; nothing changed. " + error.what(),
-          needed, error.available_bytes, pool_->usage().limit_bytes);
+    waited = growth.commit("step", "free or truncate slots, or raise memory_limit");
+    if (waited) {
+      map_wait_ns_ += static_cast<std::uint64_t>(
+          std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count());
+      ++steps_waited_;
     }
-    map_wait_ns_ += static_cast<std::uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count());
   }
   for (const auto& [slot, tokens] : lengths) {
-    if (tokens > slots_.committed(slot)) update_committed(slot);
+    const bool past = tokens > slots_.quiet(slot);
     slots_.set_length(slot, std::max(slots_.length(slot), tokens));
+    if (past) update_quiet(slot);
+    auto& fresh = fresh_[static_cast<std::size_t>(slot)];
+    if (fresh == 0 || tokens == 0) continue;
+    fresh = 0;
+    ++prompts_;
+    if (!waited) ++warm_prompts_;
   }
   check_counts();
 }
 
-void KVCache::update_committed(std::int64_t slot) noexcept {
-  std::int64_t committed = geometry_.config().max_seq_len;
-  each_row(slot, [&](const Tensor& tensor, const Row& row) {
-    committed = std::min(committed, geometry_.tokens_in(*tensor.geometry, static_cast<std::int64_t>(row.accessible_pages())));
-  });
-  slots_.set_committed(slot, committed);
+void KVCache::promise(std::span<const std::int64_t> slots, std::int64_t tokens) {
+  Growth growth(*pool_, *holder_, zero_fill());
+  for (const std::int64_t slot : slots) {
+    if (tokens > slots_.quiet(slot)) growth.extend(static_cast<std::size_t>(slot), extent(tokens));
+  }
+  if (growth.empty()) return;
+  growth.commit("batch", "free or truncate slots, or raise memory_limit");
+  for (const std::int64_t slot : slots) update_quiet(slot);
 }
 
-void KVCache::truncate(std::int64_t slot, std::int64_t tokens) {
+void KVCache::update_quiet(std::int64_t slot) noexcept {
+  const auto ledger = pool_->lock();
+  const RowGroup& memory = group(slot);
+  std::int64_t quiet = tokens_in(memory.held);
+  const std::int64_t lookahead = geometry_.lookahead_tokens();
+  const std::int64_t ahead = lookahead == 0 ? quiet : tokens_in(memory.ahead);
+  // The mapper is to be told when a length comes within the look-ahead of where it was told to go.
+  if (lookahead != 0 && ahead < geometry_.config().max_seq_len) quiet = std::min(quiet, ahead - lookahead);
+  slots_.set_quiet(slot, std::max(quiet, slots_.length(slot)));
+}
+
+bool KVCache::holds_more_than(std::int64_t slot, const Extent& kept) const {
+  const auto ledger = pool_->lock();
+  return group(slot).held[0] > kept[0] || group(slot).held[1] > kept[1];
+}
+
+void KVCache::truncate(std::int64_t slot, std::int64_t tokens, std::optional<Stream> stream) {
   const auto held = lock();
   check_active("slot", slot);
   const std::int64_t length = slots_.length(slot);
@@ -178,24 +179,26 @@ void KVCache::truncate(std::int64_t slot, std::int64_t tokens) {
                                 std::to_string(length) + ": truncate only shortens");
   }
   if (tokens == length) return;
-  driver_->synchronize();
-  if (geometry_.config().guard_tokens != 0) {
+  check_not_capturing("truncate", stream);
+  const Extent kept = extent(tokens);
+  const bool has_guard = geometry_.config().guard_tokens != 0;
+  const bool gives_up = holds_more_than(slot, kept);
+  Fences fences;
+  if (gives_up || has_guard) fences = fence_work(stream);
+  if (has_guard) {
+    for (const auto& fence : fences) fence->wait();
     // The tokens given up enter the guard, or stay mapped behind it: zeros, as everything behind a length with a guard.
-    each_row(slot, [&](const Tensor& tensor, const Row& row) {
-      const std::int64_t token = tensor.geometry->token_bytes;
-      const std::int64_t kept_pages = geometry_.pages_for(*tensor.geometry, tokens) * geometry_.page_size();
-      const std::int64_t from = tokens * token;
-      const std::int64_t to = std::min(kept_pages, length * token);
-      if (to > from) driver_->fill_zero(row.base() + static_cast<Address>(from), static_cast<std::size_t>(to - from));
-    });
+    const auto zero = [&](const Row& row, std::uint8_t kind) {
+      const TensorGeometry& tensor = kind == 0 ? geometry_.k() : geometry_.v();
+      const std::int64_t from = tokens * tensor.token_bytes;
+      const std::int64_t to = std::min(kept[kind] * geometry_.page_size(), length * tensor.token_bytes);
+      if (to > from) driver_->fill_zero(row.base + static_cast<Address>(from), static_cast<std::size_t>(to - from));
+    };
+    holder_->each_row(static_cast<std::size_t>(slot), zero);
   }
-  each_row(slot, [&](const Tensor& tensor, Row& row) {
-    static_cast<void>(row.shrink(*pool_, static_cast<std::size_t>(geometry_.pages_for(*tensor.geometry, tokens))));
-  });
+  if (gives_up) retire(slot, {kept, ahead_of(tokens), true}, fences);
   slots_.set_length(slot, tokens);
-  update_committed(slot);
-  PagePool::Losses losses;
-  pool_->trim_to_limit(losses);
+  update_quiet(slot);
   check_counts();
 }
 

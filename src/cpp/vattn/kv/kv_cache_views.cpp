@@ -62,11 +62,12 @@ KVView<3> KVCache::view(std::int64_t layer, std::int64_t slot) const {
   return one;
 }
 
-KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots, std::int64_t length) const {
+KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots, std::int64_t length) {
   const auto held = lock();
   check_index("layer", layer, geometry_.config().num_layers);
   if (slots.empty()) throw std::invalid_argument("slots is empty: name at least one");
   check_between("length", length, 0, geometry_.config().max_seq_len);
+  const bool must_be_there = geometry_.unmapped_reads() != UnmappedReads::kZeros;
   const std::int64_t distance = slots.size() == 1 ? 1 : slots[1] - slots[0];
   for (std::size_t i = 0; i < slots.size(); ++i) {
     check_active("slot", slots[i]);
@@ -76,12 +77,13 @@ KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots
                                   " breaks equal ascending steps: one strided batch needs them; "
                                   "alloc_block gives neighbours");
     }
-    if (geometry_.unmapped_reads() != UnmappedReads::kZeros && slots_.committed(slots[i]) < length) {
+    if (const std::int64_t committed = committed_tokens(slots[i]); must_be_there && committed < length) {
       throw std::invalid_argument("length=" + std::to_string(length) + ": slot " + std::to_string(slots[i]) +
-                                  " has memory for " + std::to_string(slots_.committed(slots[i])) +
+                                  " has memory for " + std::to_string(committed) +
                                   " tokens, and reading past it would fault: step it first");
     }
   }
+  if (must_be_there) promise(slots, length);
   return make_views(layer, {slots.front(), static_cast<std::int64_t>(slots.size()), distance, length});
 }
 

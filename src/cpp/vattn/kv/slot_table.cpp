@@ -5,7 +5,7 @@
 
 namespace vattn {
 
-SlotTable::SlotTable(std::int64_t slots) : lengths_(at(slots), 0), committed_(at(slots), 0), active_(at(slots), 0) {}
+SlotTable::SlotTable(std::int64_t slots) : lengths_(at(slots), 0), quiet_(at(slots), 0), active_(at(slots), 0) {}
 
 std::int64_t SlotTable::total_tokens() const noexcept { return std::reduce(lengths_.begin(), lengths_.end()); }
 
@@ -35,26 +35,26 @@ void SlotTable::take(std::int64_t slot) noexcept {
 void SlotTable::give(std::int64_t slot) noexcept {
   active_[at(slot)] = 0;
   lengths_[at(slot)] = 0;
-  committed_[at(slot)] = 0;
+  quiet_[at(slot)] = 0;
   --active_count_;
   first_free_ = std::min(first_free_, slot);
 }
 
 bool SlotTable::advance(std::span<const std::int64_t> lengths) noexcept {
-  // The sign bit of committed - length says that a length is past its memory, that of length itself that it is negative. A free
-  // slot has 0 committed, so any length is past it. No early exit and no branch: the common answer is that nothing grows.
+  // The sign bit of quiet - length says that a length is past it, that of length itself that it is negative. A free
+  // slot has 0, so any length is past it. No early exit and no branch: the common answer is that nothing grows.
   std::uint64_t past = 0;
-  const std::int64_t* const committed = committed_.data();
+  const std::int64_t* const quiet = quiet_.data();
   const std::size_t count = lengths.size();
   for (std::size_t slot = 0; slot < count; ++slot) {
     const auto length = static_cast<std::uint64_t>(lengths[slot]);
-    past |= (static_cast<std::uint64_t>(committed[slot]) - length) | length;
+    past |= (static_cast<std::uint64_t>(quiet[slot]) - length) | length;
   }
   if (past >> 63 != 0) return false;
   std::int64_t* const current = lengths_.data();
   for (std::size_t slot = 0; slot < count; ++slot) {
     // Bounded again: `lengths` is the caller's, and another thread of theirs may have written it since.
-    current[slot] = std::max(current[slot], std::min(lengths[slot], committed[slot]));
+    current[slot] = std::max(current[slot], std::min(lengths[slot], quiet[slot]));
   }
   return true;
 }

@@ -1,7 +1,9 @@
+// PagePool: making and closing it, its holders, its limit and its statistics. Pressure is in reclaim.cpp, growth in growth.cpp.
 #include "vattn/memory/page_pool.hpp"
 
-#include <string>
+#include <algorithm>
 
+#include "vattn/driver/decorators/counting_driver.hpp"
 #include "vattn/driver/limits.hpp"
 
 namespace vattn {
@@ -16,85 +18,184 @@ void PagePool::Losses::note(std::uint64_t& count, const std::exception& error) n
   }
 }
 
-PagePool::PagePool(std::shared_ptr<Driver> driver, std::size_t page_size, std::uint64_t limit_bytes)
-    : driver_(std::move(driver)), page_size_(page_size), limit_bytes_(limit_bytes) {}
+PagePool::PagePool(Device device, std::shared_ptr<Driver> driver, std::size_t page_size, std::uint64_t limit_bytes)
+    : device_(device), driver_(std::move(driver)), page_size_(page_size), limit_bytes_(limit_bytes) {}
 
 PagePool::~PagePool() {
-  if (!generation_.is_current()) return;
   Losses losses;  // nobody is left to hear of them; close() is where they are reported
-  trim(0, losses);
+  shut(losses);
 }
 
-Page PagePool::take(Address near) {
+std::shared_ptr<PagePool> PagePool::make(Device device, std::shared_ptr<Driver> driver, std::size_t page_size,
+                                         std::uint64_t limit_bytes) {
+  // In a forked child the pool is left alone: its lock may be held, and its condition have waiters, that do not exist there.
+  const auto destroy = [](PagePool* pool) {
+    if (pool->generation_.is_current()) delete pool;
+  };
+  return {new PagePool(device, std::move(driver), page_size, limit_bytes), destroy};
+}
+
+std::shared_ptr<PagePool> PagePool::make(Device device, std::optional<std::int64_t> memory_limit,
+                                         std::optional<std::int64_t> page_size) {
+  auto driver = std::make_shared<CountingDriver>(open_driver(device));
+  const std::int64_t page = choose_page_size(page_size, driver->traits());
+  if (memory_limit && *memory_limit < page) {
+    throw std::invalid_argument("memory_limit=" + std::to_string(*memory_limit) + " must be at least one page, " +
+                                std::to_string(page) + " bytes: raise it, or use a smaller page_size");
+  }
+  const std::uint64_t limit = memory_limit ? static_cast<std::uint64_t>(*memory_limit) : default_memory_limit(*driver);
+  return make(device, std::move(driver), static_cast<std::size_t>(page), limit);
+}
+
+std::uint64_t PagePool::memory_limit() const {
+  generation_.check("this PagePool");
   const std::lock_guard lock(mutex_);
-  if (created_ - pooled_.size() >= limit_pages()) {
-    throw OutOfMemoryError("create: all " + std::to_string(limit_pages()) +
-                               " pages of memory_limit are in use: raise it, free a " + "slot, or ask for fewer tokens",
-                           page_size_, 0, limit_bytes_);
-  }
-  const PageHandle home = driver_->home(near);
-  if (!pooled_.empty()) {
-    const auto found = home == 0 ? std::prev(pooled_.end()) : pooled_.find(home);
-    if (found != pooled_.end()) {
-      const PageHandle page = *found;
-      pooled_.erase(found);
-      return {*this, page, Page::Origin::kReused};
-    }
-    PageHandle page = 0;
-    try {
-      page = driver_->create(page_size_, near);
-    } catch (const OutOfMemoryError&) {
-      // No room for one page more, even for a moment: a page that merges less works as well.
-      const auto last = std::prev(pooled_.end());
-      Page old(*this, *last, Page::Origin::kReused);
-      pooled_.erase(last);
-      return old;
-    }
-    ++created_;
-    Page made(*this, page, Page::Origin::kExchanged);
-    try {
-      release_one_of(std::prev(pooled_.end()));
-    } catch (const std::exception&) {
-      // The old page cannot go, so the new one must: the caller gets the old one, which merges less and works as well.
-      try {
-        driver_->release(page);
-        --created_;
-        made.detach();
-      } catch (const std::exception&) {
-        return made;  // one page above the budget, and counted
-      }
-      const auto last = std::prev(pooled_.end());
-      Page old(*this, *last, Page::Origin::kReused);
-      pooled_.erase(last);
-      return old;
-    }
-    return made;
-  }
-  const PageHandle page = driver_->create(page_size_, near);
-  ++created_;
-  return {*this, page, Page::Origin::kCreated};
+  return limit_bytes_;
 }
 
-void PagePool::release_one_of(std::set<PageHandle>::iterator pooled) {
-  driver_->release(*pooled);
-  pooled_.erase(pooled);
-  --created_;
+void PagePool::set_memory_limit(std::int64_t bytes) {
+  generation_.check("this PagePool");
+  if (bytes < static_cast<std::int64_t>(page_size_)) {
+    throw std::invalid_argument("memory_limit=" + std::to_string(bytes) + " must be at least one page, " +
+                                std::to_string(page_size_) + " bytes: raise it, or use a smaller page_size");
+  }
+  std::unique_lock lock(mutex_);
+  if (closed_) throw ClosedError("this PagePool is closed: make a new one");
+  limit_bytes_ = static_cast<std::uint64_t>(bytes);
+  Losses losses;  // what the driver would not take is counted, and stats() shows it above the limit
+  settle(lock, losses);
+  wake_all();  // there is room for look-ahead, or retired pages above the limit to wait for
 }
 
-bool PagePool::keep(PageHandle page) noexcept {
+void PagePool::join(Holder& holder) {
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw ClosedError("pool: this PagePool is closed: make a new one");
+  holders_.push_back(&holder);
+  holder.set_number(++joined_);
+}
+
+void PagePool::leave(Holder& holder) noexcept {
+  std::unique_lock lock(mutex_);
+  const auto busy = [&] {
+    for (std::size_t group = 0; group < holder.groups(); ++group) {
+      if (holder.group(group).busy) return true;
+    }
+    return false;
+  };
+  while (busy()) idle_.wait(lock);
+  holders_.erase(std::remove(holders_.begin(), holders_.end(), &holder), holders_.end());
+  idle_.notify_all();
+}
+
+void PagePool::take_group(Holder& holder, std::size_t group) noexcept {
+  const std::lock_guard lock(mutex_);
+  holder.group(group).active = true;
+  holder.group(group).shown = {UINT32_MAX, UINT32_MAX};
+  holder.group(group).stamp = ++clock_;
+  wake(holder);  // another group is the next one to keep warm
+}
+
+void PagePool::retire(Holder& holder, std::size_t index, const Kept& kept, const Fences& fences) {
+  const std::lock_guard lock(mutex_);
+  RowGroup& group = holder.group(index);
+  static_cast<void>(has_pending(group));
+  group.fences.insert(group.fences.end(), fences.begin(), fences.end());  // all that can throw, before anything changes
+  holder.each_row(index, [&](Row& row, std::uint8_t kind) { row.used = std::max(row.used, group.held[kind]); });
+  group.held = kept.held;
+  group.ahead = {std::min(group.ahead[0], kept.ahead[0]), std::min(group.ahead[1], kept.ahead[1])};
+  group.shown = {std::max(group.held[0], group.ahead[0]), std::max(group.held[1], group.ahead[1])};
+  group.active = kept.active;
+  group.stamp = ++clock_;
+  wake(holder);
+}
+
+Fences PagePool::pending(Holder& holder, std::size_t group) {
+  const std::lock_guard lock(mutex_);
+  static_cast<void>(has_pending(holder.group(group)));
+  return holder.group(group).fences;
+}
+
+bool PagePool::has_pending(RowGroup& group) noexcept {
+  std::erase_if(group.fences, [](const std::shared_ptr<Fence>& fence) { return fence->has_passed(); });
+  return !group.fences.empty();
+}
+
+void PagePool::wake(Holder& holder) noexcept {
+  if (!holder.has_mapper) return;
+  holder.woken = true;
+  holder.resting = false;
+  holder.wake.notify_one();
+}
+
+void PagePool::wake_all() noexcept {
+  for (Holder* holder : holders_) wake(*holder);
+}
+
+PagePool::HolderUsage PagePool::usage(Holder& holder) {
+  const std::lock_guard lock(mutex_);
+  HolderUsage usage = usage_of(holder);
+  usage.pages_created = holder.pages_created;
+  usage.pages_reused = holder.pages_reused;
+  usage.pooled_pages = pooled_.size() + transit_;
+  usage.available_pages = obtainable();
+  usage.limit_bytes = limit_bytes_;
+  return usage;
+}
+
+PagePool::HolderUsage PagePool::usage_of(Holder& holder) noexcept {
+  HolderUsage usage;
+  for (std::size_t index = 0; index < holder.groups(); ++index) {
+    RowGroup& group = holder.group(index);
+    const std::uint64_t excess = holder.excess(index);
+    if (excess == 0) continue;
+    if (has_pending(group)) {
+      usage.retired_pages += excess;
+    } else {
+      (group.active ? usage.ahead_pages : usage.warm_pages) += excess;
+    }
+    if (!group.active) ++usage.warm_groups;
+  }
+  usage.mapped_pages = holder.mapped_pages - usage.retired_pages;
+  return usage;
+}
+
+PoolStats PagePool::stats() {
+  generation_.check("this PagePool");
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw ClosedError("this PagePool is closed: make a new one");
+  PoolStats stats;
+  for (Holder* holder : holders_) {
+    const HolderUsage held = usage_of(*holder);
+    const std::uint64_t reclaimable = held.warm_pages + held.ahead_pages;
+    stats.members.push_back(
+        {holder->name(), held.mapped_pages * page_size_, held.retired_pages * page_size_, reclaimable * page_size_});
+    stats.retired_bytes += held.retired_pages * page_size_;
+    stats.reclaimable_bytes += reclaimable * page_size_;
+  }
+  stats.created_bytes = created_ * page_size_;
+  stats.pooled_bytes = (pooled_.size() + transit_) * page_size_;
+  stats.mapped_bytes = mapped_ * page_size_ - stats.retired_bytes;
+  stats.limit_bytes = limit_bytes_;
+  stats.available_bytes = obtainable() * page_size_;
+  return stats;
+}
+
+bool PagePool::has_room(std::uint64_t promised, std::uint64_t missing) const {
+  const std::lock_guard lock(mutex_);
+  if (promised == 0) return true;
+  if (missing + mapped_ > kMostPages || promised > obtainable()) return false;
+  const std::uint64_t spare = pooled_.size() + total_excess() + ahead_transit_ - (promised - missing);
+  if (missing <= spare) return true;
+  return (missing - spare) * page_size_ <= driver_->memory_info().available_bytes;
+}
+
+void PagePool::keep(PageHandle page) noexcept {
   try {
     pooled_.insert(page);
-    return true;
-  } catch (const std::exception&) {
-    return false;
+    return;
+  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    // No memory to remember the page by: give it back instead.
   }
-}
-
-void PagePool::give(PageHandle page) noexcept {
-  if (!generation_.is_current()) return;
-  const std::lock_guard lock(mutex_);
-  if (keep(page)) return;
-  // No memory to remember the page by: give it back instead.
   try {
     driver_->release(page);
   } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
@@ -103,120 +204,79 @@ void PagePool::give(PageHandle page) noexcept {
   --created_;
 }
 
-void PagePool::discard(PageHandle page) noexcept {
-  if (!generation_.is_current()) return;
-  const std::lock_guard lock(mutex_);
-  try {
-    driver_->release(page);
-    --created_;
-  } catch (const std::exception&) {
-    if (!keep(page)) --created_;
-  }
-}
-
-void PagePool::forget(PageHandle page) noexcept {
-  const std::lock_guard lock(mutex_);
-  try {
-    driver_->release(page);
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
-    // Neither unmapped nor released: it goes with the driver, and the caller reports it.
-  }
-  --created_;
-}
-
-void PagePool::note_mapped(std::uint64_t pages) noexcept {
-  const std::lock_guard lock(mutex_);
-  mapped_ += pages;
-}
-
-void PagePool::note_unmapped(std::uint64_t pages) noexcept {
-  const std::lock_guard lock(mutex_);
-  mapped_ -= pages;
-}
-
-void PagePool::note_growth(std::uint64_t created, std::uint64_t reused) noexcept {
-  const std::lock_guard lock(mutex_);
-  total_created_ += created;
-  total_reused_ += reused;
-}
-
-PagePool::Usage PagePool::usage() const noexcept {
-  const std::lock_guard lock(mutex_);
-  return {created_, pooled_.size(), mapped_, limit_bytes_, total_created_, total_reused_};
-}
-
-std::uint64_t PagePool::available_pages() const noexcept {
-  const std::lock_guard lock(mutex_);
-  const std::uint64_t in_use = created_ - pooled_.size();
-  return limit_pages() > in_use ? limit_pages() - in_use : 0;
-}
-
-void PagePool::check_room(const char* call, std::uint64_t missing, const char* way_out) const {
-  const Usage now = usage();
-  const std::uint64_t needed = missing * page_size_;
-  const auto refuse = [&](const std::string& why, std::uint64_t available) {
-    throw OutOfMemoryError(
-        std::string(call) + ": " + std::to_string(needed) + " bytes more are needed, " + why + ". Nothing changed: " + way_out,
-        needed, available, now.limit_bytes);
-  };
-  const std::uint64_t available = available_pages();
-  if (missing > available) {
-    const std::uint64_t bytes = available * page_size_;
-    refuse(std::to_string(bytes) + " of memory_limit=" + std::to_string(now.limit_bytes) + " are available", bytes);
-  }
-  if (missing + now.mapped_pages > kMostPages) {
-    refuse(std::to_string(missing) + " pages, and " + std::to_string(kMostPages) +
-               " are the most that can be counted: a larger " + "page_size needs fewer",
-           kMostPages * page_size_);
-  }
-  if (needed < kAskFirstBytes || missing <= now.pooled_pages) return;
-  const std::uint64_t left = driver_->memory_info().available_bytes;
-  if ((missing - now.pooled_pages) * page_size_ > left) {
-    refuse("and the " + std::string(driver_->traits().name) + " driver has " + std::to_string(left) + " left", left);
-  }
-}
-
-void PagePool::set_limit(std::uint64_t limit_bytes) noexcept {
-  const std::lock_guard lock(mutex_);
-  limit_bytes_ = limit_bytes;
-}
-
-void PagePool::trim(std::uint64_t keep_pages, Losses& losses) noexcept {
-  const std::lock_guard lock(mutex_);
-  auto it = pooled_.end();
-  while (created_ > keep_pages && it != pooled_.begin()) {
-    const auto candidate = std::prev(it);
+void PagePool::empty(std::span<Row> rows, Losses& losses) noexcept {
+  for (Row& row : rows) {
+    if (row.pages.empty()) continue;
+    bool unmapped = true;
     try {
-      driver_->release(*candidate);
-      it = pooled_.erase(candidate);
-      --created_;
+      driver_->unmap(row.base, row.pages.size() * page_size_);
     } catch (const std::exception& error) {
-      losses.note(losses.pages, error);
-      it = candidate;
+      losses.note(losses.mappings, error);
+      unmapped = false;
     }
-  }
-}
-
-void PagePool::trim_to_limit(Losses& losses) noexcept {
-  std::uint64_t keep_pages = 0;
-  {
     const std::lock_guard lock(mutex_);
-    keep_pages = limit_pages();
-    if (created_ <= keep_pages) return;
+    mapped_ -= row.pages.size();
+    for (const PageHandle page : row.pages) {
+      if (unmapped) {
+        keep(page);
+        continue;
+      }
+      // Its owner ends: the handle goes all the same, so that the memory goes when the mapping does.
+      ++losses.pages;
+      --created_;
+      try {
+        driver_->release(page);
+      } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+        // Neither unmapped nor released: it goes with the driver, and the caller reports it.
+      }
+    }
+    row.pages.clear();
+    row.accessible = row.used = 0;
   }
-  trim(keep_pages, losses);
+  std::unique_lock lock(mutex_);
+  settle(lock, losses);
+  wake_all();  // pages came back, which look-ahead may use
 }
 
-void PagePool::close(Losses& losses) noexcept {
-  set_limit(0);
-  trim(0, losses);
+void PagePool::shut(Losses& losses) noexcept {
+  std::unique_lock lock(mutex_);
+  limit_bytes_ = 0;
+  closed_ = true;
+  settle(lock, losses);
+}
+
+void PagePool::close() {
+  generation_.check("this PagePool");
+  Losses losses;
+  {
+    std::unique_lock lock(mutex_);
+    if (closed_) return;
+    if (!holders_.empty()) {
+      std::string names;
+      for (const Holder* holder : holders_) names += (names.empty() ? "" : ", ") + holder->name();
+      throw InUseError("close: this PagePool still has members: " + names + ". Close them first");
+    }
+    limit_bytes_ = 0;
+    closed_ = true;
+    settle(lock, losses);
+  }
+  if (!losses.any()) return;
+  throw Error("close: closed, but the driver would not take back " + std::to_string(losses.pages) +
+              " pages (first: " + losses.reason + "). What is left goes when the process ends");
+}
+
+bool PagePool::is_closed() const noexcept {
+  if (!generation_.is_current()) return true;
+  const std::lock_guard lock(mutex_);
+  return closed_;
 }
 
 void PagePool::check() const {
   const std::lock_guard lock(mutex_);
-  if (created_ == mapped_ + pooled_.size()) return;
-  throw Error("broken count: " + std::to_string(created_) + " pages exist, but " + std::to_string(mapped_) +
-              " are mapped and " + std::to_string(pooled_.size()) + " pooled. This is a bug in vattn; the cache is closed");
+  if (created_ == mapped_ + pooled_.size() + transit_) return;
+  throw Error("broken count: " + std::to_string(created_) + " pages exist, but " + std::to_string(mapped_) + " are mapped, " +
+              std::to_string(pooled_.size()) + " pooled and " + std::to_string(transit_) +
+              " in transit. This is a bug in vattn; the cache is closed");
 }
 
 }  // namespace vattn

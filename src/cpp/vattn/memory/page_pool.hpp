@@ -1,72 +1,39 @@
-// The physical pages of a cache: creation, reuse and the budget they count against.
+// One budget of physical pages, and the ledger of who holds them. A cache makes a pool of its own, or several caches and
+// growable tensors are given one.
 //
-// A page is in one of three states: pooled (here, mapped nowhere), mapped (in a Row) or in transit (held by a transaction).
-// take() prefers a pooled page to a new one, because creating is the dearest call there is. Where the driver gives each address
-// a page of its own (Driver::home) and that page is not pooled, another pooled page is exchanged for it: made anew in its
-// place, then the old one released, so memory stays the same and mappings merge.
+//     auto pool = vattn::PagePool::make({vattn::Device::Kind::kCuda, 0}, memory_limit, page_size);
+//     vattn::KVCache a(config, pool), b(other, pool);        // what a gives up, b can have within one step
 //
-// Promise: created == mapped + pooled whenever no call is in progress, checked by check(). give() never throws: what cannot be
-// kept is released, what cannot be released is kept. Every page counts against the limit from create to release; an exchange
-// holds one page more for the moment between its two calls.
-// Thread: any; one mutex, held over the driver calls of take() and trim().
+// A page is pooled (mapped nowhere), in transit (taken by a growth that is at work) or mapped (in a holder's row). Every page
+// counts against the limit from create to release. Under pressure the ledger gives up, in this order: pooled pages, new ones
+// while the budget allows, look-ahead, warm pages from the coldest on, and retired ones, for whose fences it waits.
+//
+// Promise: created == pooled + in transit + mapped at every moment; a broken count is an Error, never an abort. What the driver
+// will not release stays pooled, what it will not unmap stays mapped; both are counted and tried again.
+// Thread: any. One lock, under the lock of at most one holder, and never held across a driver call that maps, unmaps, creates
+// or waits. No thread holds the locks of two holders: what a holder has beyond its promises is the ledger's, not the holder's.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
-#include <utility>
+#include <span>
+#include <string>
+#include <vector>
 
-#include "vattn/driver/driver.hpp"
+#include "vattn/driver/open.hpp"
 #include "vattn/fork.hpp"
+#include "vattn/memory/holder.hpp"
+#include "vattn/memory/pool_stats.hpp"
 
 namespace vattn {
 
-class PagePool;
-
-/// A page out of the pool, owned: gives itself back. Unmap it first.
-class Page {
- public:
-  enum class Origin : std::uint8_t { kReused, kExchanged, kCreated };
-
-  Page(PagePool& pool, PageHandle handle, Origin origin) noexcept : pool_(&pool), handle_(handle), origin_(origin) {}
-  Page(Page&& other) noexcept : pool_(std::exchange(other.pool_, nullptr)), handle_(other.handle_), origin_(other.origin_) {}
-  Page& operator=(Page&& other) noexcept {
-    std::swap(pool_, other.pool_);
-    std::swap(handle_, other.handle_);
-    std::swap(origin_, other.origin_);
-    return *this;
-  }
-  Page(const Page&) = delete;
-  Page& operator=(const Page&) = delete;
-  inline ~Page();
-
-  [[nodiscard]] PageHandle handle() const noexcept { return handle_; }
-  [[nodiscard]] Origin origin() const noexcept { return origin_; }
-
-  /// The page leaves this object, which then gives nothing back.
-  PageHandle detach() noexcept {
-    pool_ = nullptr;
-    return handle_;
-  }
-
- private:
-  PagePool* pool_;
-  PageHandle handle_;
-  Origin origin_;
-};
-
 class VATTN_API PagePool {
  public:
-  struct Usage {
-    std::uint64_t created_pages = 0;  ///< exist now
-    std::uint64_t pooled_pages = 0;
-    std::uint64_t mapped_pages = 0;
-    std::uint64_t limit_bytes = 0;
-    std::uint64_t total_created = 0;  ///< create calls that a finished growth used
-    std::uint64_t total_reused = 0;   ///< pages that a finished growth took from the pool instead
-  };
-
   /// What could not be given back to the driver, and why (the first reason).
   struct Losses {
     std::uint64_t pages = 0;
@@ -78,77 +45,157 @@ class VATTN_API PagePool {
     void note(std::uint64_t& count, const std::exception& error) noexcept;
   };
 
-  PagePool(std::shared_ptr<Driver> driver, std::size_t page_size, std::uint64_t limit_bytes);
+  /// A pool to share. `memory_limit` in bytes, at least one page; none: 90 % of what is free now. std::invalid_argument.
+  [[nodiscard]] static std::shared_ptr<PagePool> make(Device device, std::optional<std::int64_t> memory_limit = {},
+                                                      std::optional<std::int64_t> page_size = {});
+  /// A pool on a driver of the caller's making.
+  [[nodiscard]] static std::shared_ptr<PagePool> make(Device device, std::shared_ptr<Driver> driver, std::size_t page_size,
+                                                      std::uint64_t limit_bytes);
   ~PagePool();
   PagePool(const PagePool&) = delete;
   PagePool& operator=(const PagePool&) = delete;
   PagePool(PagePool&&) = delete;
   PagePool& operator=(PagePool&&) = delete;
 
+  [[nodiscard]] Device device() const noexcept { return device_; }
   [[nodiscard]] std::size_t page_size() const noexcept { return page_size_; }
-  [[nodiscard]] Driver& driver() const noexcept { return *driver_; }
+  [[nodiscard]] const std::shared_ptr<Driver>& driver() const noexcept { return driver_; }
 
-  /// A page to map first at `near`. OutOfMemoryError at the limit, or what the driver throws; the pool is then as before.
-  [[nodiscard]] Page take(Address near);
+  [[nodiscard]] std::uint64_t memory_limit() const;
+  /// Holds at once for growth. Gives up what nobody was promised, down to the new limit: now, or once its fences have passed.
+  void set_memory_limit(std::int64_t bytes);
+  [[nodiscard]] PoolStats stats();
+  /// Gives every pooled page back; pages of views that still live follow with them. InUseError while it has members. Error
+  /// naming what the driver would not take; closed all the same.
+  void close();
+  [[nodiscard]] bool is_closed() const noexcept;
 
-  /// Back into the pool.
-  void give(PageHandle page) noexcept;
+  // For holders.
 
-  /// Back to the driver: the undoing of a create. A page the driver refuses to take stays pooled.
-  void discard(PageHandle page) noexcept;
+  /// Enters a holder. ClosedError when the pool is closed.
+  void join(Holder& holder);
+  /// Takes it out again; its rows are then its owner's alone. Waits for whoever is changing them.
+  void leave(Holder& holder) noexcept;
 
-  /// For a page that is still mapped and whose owner ends: drops the handle and the count; its memory goes with the mapping.
-  void forget(PageHandle page) noexcept;
+  /// A group is taken by a request, or given up: what is beyond `kept.held` is then excess, guarded by `fences`.
+  void take_group(Holder& holder, std::size_t group) noexcept;
+  struct Kept {
+    Extent held{};
+    Extent ahead{};
+    bool active = false;
+  };
+  void retire(Holder& holder, std::size_t group, const Kept& kept, const Fences& fences);
+  /// Unmaps what a group has beyond its promise, fences or not; false where the driver refused some of it.
+  bool give_up_excess(Holder& holder, std::size_t group) noexcept;
+  /// Unmaps rows whose holder has left and takes their pages; counts what could not be unmapped, and lets go of it.
+  void empty(std::span<Row> rows, Losses& losses) noexcept;
 
-  /// Pages went into a Row, or left one.
-  void note_mapped(std::uint64_t pages) noexcept;
-  void note_unmapped(std::uint64_t pages) noexcept;
-  /// A growth finished with pages of these origins.
-  void note_growth(std::uint64_t created, std::uint64_t reused) noexcept;
+  /// Gives up what is above the limit, as far as no fence has to be waited for.
+  void settle() noexcept;
+  /// settle(), with the lock held; released while pages are given back. True if anything was.
+  bool settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexcept;
 
-  [[nodiscard]] Usage usage() const noexcept;
+  struct HolderUsage {
+    std::uint64_t mapped_pages = 0;  ///< retired ones not counted
+    std::uint64_t retired_pages = 0;
+    std::uint64_t warm_pages = 0;
+    std::uint64_t ahead_pages = 0;
+    std::uint64_t warm_groups = 0;
+    std::uint64_t pages_created = 0;  ///< since it joined
+    std::uint64_t pages_reused = 0;
+    // Of the whole pool:
+    std::uint64_t pooled_pages = 0;
+    std::uint64_t available_pages = 0;
+    std::uint64_t limit_bytes = 0;
+  };
+  [[nodiscard]] HolderUsage usage(Holder& holder);
+  /// Whether a growth that promises `promised` pages more, of which `missing` are not mapped yet, could have them now.
+  [[nodiscard]] bool has_room(std::uint64_t promised, std::uint64_t missing) const;
 
-  /// Pages that take() can still hand out by the budget, pooled ones included.
-  [[nodiscard]] std::uint64_t available_pages() const noexcept;
+  /// The fences of a group that have not passed.
+  [[nodiscard]] Fences pending(Holder& holder, std::size_t group);
 
-  /// Throws OutOfMemoryError where taking `missing` pages cannot end well: by the budget, by the most pages there are books
-  /// for, and, for large growth, by what the driver has. Asked before anything is taken, so that a growth that must fail does
-  /// not first take all the memory there is. `call` and `way_out` are for the message.
-  void check_room(const char* call, std::uint64_t missing, const char* way_out) const;
-
-  void set_limit(std::uint64_t limit_bytes) noexcept;
-
-  /// Releases pooled pages until at most `keep` pages exist. Pages the driver refuses to take stay pooled.
-  void trim(std::uint64_t keep, Losses& losses) noexcept;
-
-  /// Releases pooled pages above the limit: after the limit was lowered, or pages came back while it was exceeded.
-  void trim_to_limit(Losses& losses) noexcept;
-
-  /// No more growth, and every pooled page goes back; pages still mapped follow as their last users let go.
-  void close(Losses& losses) noexcept;
-
-  /// Throws Error if the counts do not add up. Call it with no growth in progress.
+  /// Throws Error if the counts do not add up.
   void check() const;
 
+  /// No more growth and no limit but 0: for the pool of a single holder that has left.
+  void shut(Losses& losses) noexcept;
+
+  [[nodiscard]] std::unique_lock<std::mutex> lock() const { return std::unique_lock(mutex_); }
+  /// With the lock held: a holder's mapper may have something to do.
+  static void wake(Holder& holder) noexcept;
+
  private:
+  friend class Growth;
+  friend class Mapper;
+
+  PagePool(Device device, std::shared_ptr<Driver> driver, std::size_t page_size, std::uint64_t limit_bytes);
+
+  /// What a growth lacks.
+  struct Need {
+    std::uint64_t pages;
+    bool may_create;  ///< false once the device has said that it has no more
+    const char* call;
+    const char* way_out;
+  };
+
+  // All of these want the lock.
+  [[nodiscard]] static HolderUsage usage_of(Holder& holder) noexcept;
   [[nodiscard]] std::uint64_t limit_pages() const noexcept { return limit_bytes_ / page_size_; }
-  bool keep(PageHandle page) noexcept;
-  void release_one_of(std::set<PageHandle>::iterator pooled);
+  [[nodiscard]] std::uint64_t total_excess() const noexcept;
+  [[nodiscard]] std::uint64_t obtainable() const noexcept;
+  [[nodiscard]] std::uint64_t creatable(std::uint64_t pages) const;
+  [[nodiscard]] bool anyone_busy() const noexcept;
+  static bool has_pending(RowGroup& group) noexcept;
+
+  /// Sees to it that `need` can be had at once. True: the lock was released meanwhile, so look again. OutOfMemoryError.
+  bool make_room(std::unique_lock<std::mutex>& lock, const Need& need);
+  [[noreturn]] void refuse(const Need& need, std::uint64_t available, const std::string& why) const;
+
+  /// While a growth that was asked for looks for pages, mappers take none.
+  class Pressure {
+   public:
+    explicit Pressure(PagePool& pool) noexcept : pool_(pool) { ++pool_.pressed_; }
+    Pressure(const Pressure&) = delete;
+    Pressure& operator=(const Pressure&) = delete;
+    ~Pressure() { --pool_.pressed_; }
+
+   private:
+    PagePool& pool_;
+  };
+
+  struct Candidate {
+    Holder* holder = nullptr;
+    std::size_t group = 0;
+  };
+  using Refused = std::vector<Candidate>;
+  [[nodiscard]] Candidate coldest(const Refused& refused, bool pending) noexcept;
+  /// Unmaps `pages` pages (at most) of a group's excess and pools them. The lock is released meanwhile. How many it got.
+  std::uint64_t take_back(std::unique_lock<std::mutex>& lock, Candidate from, std::uint64_t pages, Losses* losses);
+  /// Takes back up to `pages` pages, waiting for others and for fences if need be. False: there is nothing to take.
+  bool reclaim(std::unique_lock<std::mutex>& lock, std::uint64_t pages);
+
+  /// Into the pool, with the lock held. Without memory to remember it by, the page is given to the driver.
+  void keep(PageHandle page) noexcept;
+  void wake_all() noexcept;
 
   Generation generation_;
+  Device device_;
   std::shared_ptr<Driver> driver_;
   std::size_t page_size_;
   mutable std::mutex mutex_;
+  std::condition_variable idle_;  ///< a group is busy no more, or a mapper rests
   std::uint64_t limit_bytes_;
   std::set<PageHandle> pooled_;  // ordered, so that a page with a home is found and an exchange empties the file from its end
   std::uint64_t created_ = 0;
+  std::uint64_t transit_ = 0;
+  std::uint64_t ahead_transit_ = 0;  ///< of these, taken by mappers: soon look-ahead
   std::uint64_t mapped_ = 0;
-  std::uint64_t total_created_ = 0;
-  std::uint64_t total_reused_ = 0;
+  std::uint64_t pressed_ = 0;
+  std::uint64_t clock_ = 0;
+  std::uint64_t joined_ = 0;
+  std::vector<Holder*> holders_;
+  bool closed_ = false;
 };
-
-Page::~Page() {
-  if (pool_ != nullptr) pool_->give(handle_);
-}
 
 }  // namespace vattn

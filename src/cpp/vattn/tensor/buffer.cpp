@@ -4,7 +4,7 @@ namespace vattn {
 
 Buffer::Buffer(std::shared_ptr<PagePool> pool, std::size_t rows, std::size_t row_bytes, UnmappedReads reads)
     : pool_(std::move(pool)),
-      reservation_(pool_->driver(), rows * row_bytes, reads),
+      reservation_(*pool_->driver(), rows * row_bytes, reads),
       base_(reservation_.base()),
       size_(reservation_.size()) {
   rows_.reserve(rows);
@@ -19,21 +19,16 @@ Buffer::~Buffer() {
   }
   if (!reservation_.is_held()) return;
   PagePool::Losses losses;
-  try_synchronize(pool_->driver());
+  try_synchronize(*pool_->driver());
   release(losses);
-  pool_->trim_to_limit(losses);
 }
 
 void Buffer::release(PagePool::Losses& losses) noexcept {
   if (!reservation_.is_held()) return;
-  bool emptied = true;
-  for (Row& row : rows_) {
-    if (row.shrink(*pool_, 0, &losses)) continue;
-    row.abandon(*pool_, losses);
-    emptied = false;
-  }
+  const std::uint64_t before = losses.mappings;
+  pool_->empty(rows_, losses);
   try {
-    if (emptied) {
+    if (losses.mappings == before) {
       reservation_.release();
     } else {
       ++losses.ranges;

@@ -3,15 +3,16 @@
 // Shared by whoever uses it: the cache or the tensor that made it, and every view that was handed out. The last one to let go
 // unmaps the pages, gives them to the pool and the addresses back; so a view keeps its addresses and its contents for as long
 // as it lives, whatever happened to the cache.
-// Thread: the maker's lock guards the rows; the destructor may run on any thread, and does nothing in a forked child.
+// Thread: the pool's lock guards the rows while their holder is a member of it; the destructor may run on any thread, and does
+// nothing in a forked child.
 #pragma once
 
 #include <memory>
 #include <vector>
 
 #include "vattn/fork.hpp"
+#include "vattn/memory/page_pool.hpp"
 #include "vattn/memory/reservation.hpp"
-#include "vattn/memory/row.hpp"
 
 namespace vattn {
 
@@ -27,10 +28,10 @@ class VATTN_API Buffer {
 
   [[nodiscard]] Address base() const noexcept { return base_; }
   [[nodiscard]] std::size_t size() const noexcept { return size_; }
-  [[nodiscard]] Row& row(std::size_t index) noexcept { return rows_[index]; }
-  [[nodiscard]] const Row& row(std::size_t index) const noexcept { return rows_[index]; }
+  [[nodiscard]] Row* rows() noexcept { return rows_.data(); }
 
-  /// Gives everything back now, once; what could not be is counted in `losses`. synchronize() the driver first.
+  /// Gives everything back now, once; what could not be is counted in `losses`. The holder has left the pool, and the driver
+  /// was synchronized.
   void release(PagePool::Losses& losses) noexcept;
 
  private:

@@ -6,7 +6,7 @@
 
 #include "vattn/checked.hpp"
 #include "vattn/driver/limits.hpp"
-#include "vattn/memory/transaction.hpp"
+#include "vattn/memory/growth.hpp"
 
 namespace vattn {
 
@@ -14,28 +14,56 @@ GrowableTensor::GrowableTensor(const Config& config, Device device) : GrowableTe
 
 GrowableTensor::GrowableTensor(const Config& config, Device device, std::shared_ptr<Driver> driver)
     : config_(config), device_(device), driver_(std::move(driver)) {
-  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
-  const DriverTraits& traits = driver_->traits();
-  check_between("max_rows", config.max_rows, 1, kMost);
-  row_bytes_ = static_cast<std::int64_t>(size_of(config.dtype));
-  for (const std::int64_t extent : config.row_shape) {
-    check_between("row_shape", extent, 1, kMost);
-    row_bytes_ = checked_mul(row_bytes_, extent, "row_shape x dtype");
-  }
-  page_size_ = choose_page_size(config.page_size, traits);
-  const std::int64_t bytes = checked_mul(row_bytes_, config.max_rows, "row_shape x max_rows");
-  const std::int64_t reserved = checked_mul(ceil_div(bytes, page_size_), page_size_, "row_shape x max_rows");
-  check_address_space("row_shape x max_rows", reserved, traits);
+  page_size_ = choose_page_size(config.page_size, driver_->traits());
+  const std::size_t bytes = measure();
   if (config.memory_limit) check_memory_limit(*config.memory_limit);
   const std::uint64_t limit =
       config.memory_limit ? static_cast<std::uint64_t>(*config.memory_limit) : default_memory_limit(*driver_);
-  pool_ = std::make_shared<PagePool>(driver_, static_cast<std::size_t>(page_size_), limit);
-  const UnmappedReads reads = traits.reads_as_zeros ? UnmappedReads::kZeros : UnmappedReads::kFault;
-  buffer_ = std::make_shared<Buffer>(pool_, 1, static_cast<std::size_t>(reserved), reads);
+  pool_ = PagePool::make(device, driver_, static_cast<std::size_t>(page_size_), limit);
+  reserve(bytes);
+}
+
+GrowableTensor::GrowableTensor(const Config& config, std::shared_ptr<PagePool> pool) : config_(config), shares_pool_(true) {
+  if (pool == nullptr) throw std::invalid_argument("pool must not be null");
+  if (config.page_size || config.memory_limit) {
+    throw std::invalid_argument(std::string(config.page_size ? "page_size" : "memory_limit") +
+                                " must not be given with pool: the pool's holds for all its members");
+  }
+  pool_ = std::move(pool);
+  device_ = pool_->device();
+  driver_ = pool_->driver();
+  page_size_ = static_cast<std::int64_t>(pool_->page_size());
+  reserve(measure());
+}
+
+std::size_t GrowableTensor::measure() {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  check_between("max_rows", config_.max_rows, 1, kMost);
+  row_bytes_ = static_cast<std::int64_t>(size_of(config_.dtype));
+  for (const std::int64_t extent : config_.row_shape) {
+    check_between("row_shape", extent, 1, kMost);
+    row_bytes_ = checked_mul(row_bytes_, extent, "row_shape x dtype");
+  }
+  const std::int64_t bytes = checked_mul(row_bytes_, config_.max_rows, "row_shape x max_rows");
+  const std::int64_t reserved = checked_mul(ceil_div(bytes, page_size_), page_size_, "row_shape x max_rows");
+  check_address_space("row_shape x max_rows", reserved, driver_->traits());
+  return static_cast<std::size_t>(reserved);
+}
+
+void GrowableTensor::reserve(std::size_t bytes) {
+  const UnmappedReads reads = driver_->traits().reads_as_zeros ? UnmappedReads::kZeros : UnmappedReads::kFault;
+  buffer_ = std::make_shared<Buffer>(pool_, 1, bytes, reads);
+  holder_ = std::make_unique<Holder>("GrowableTensor", driver_, std::vector<Holder::Table>{{buffer_->rows(), 0}}, 1, 1);
+  pool_->join(*holder_);
+  pool_->take_group(*holder_, 0);
 }
 
 GrowableTensor::~GrowableTensor() {
-  if (!generation_.is_current() || closed_) return;
+  if (!generation_.is_current()) {
+    static_cast<void>(holder_.release());  // its condition variable may have waiters that do not exist in this child
+    return;
+  }
+  if (closed_) return;
   PagePool::Losses losses;
   close_locked(losses);
 }
@@ -53,8 +81,8 @@ void GrowableTensor::check_memory_limit(std::int64_t bytes) const {
                               std::to_string(page_size_) + " bytes: raise it, or use a smaller page_size");
 }
 
-std::size_t GrowableTensor::pages_for(std::int64_t rows) const noexcept {
-  return static_cast<std::size_t>(ceil_div(rows * row_bytes_, page_size_));
+std::uint32_t GrowableTensor::pages_for(std::int64_t rows) const noexcept {
+  return static_cast<std::uint32_t>(std::min<std::int64_t>(ceil_div(rows * row_bytes_, page_size_), UINT32_MAX));
 }
 
 void GrowableTensor::resize(std::int64_t rows) {
@@ -86,18 +114,16 @@ void GrowableTensor::resize_locked(std::int64_t rows) {
     throw std::invalid_argument("n=" + std::to_string(rows) +
                                 " rows must be between 0 and max_rows=" + std::to_string(config_.max_rows));
   }
-  Row& row = buffer_->row(0);
-  const std::size_t pages = pages_for(rows);
-  if (pages > row.accessible_pages()) {
-    Transaction growth(*pool_, false);
-    growth.extend(row, pages);
-    pool_->check_room("resize", growth.missing_pages(), "ask for fewer rows, or raise memory_limit");
-    growth.commit();
-  } else if (rows < rows_ && pages < row.mapped_pages()) {
+  const std::uint32_t pages = pages_for(rows);
+  const std::uint32_t before = pages_for(rows_);
+  if (pages > before) {
+    Growth growth(*pool_, *holder_, false);
+    growth.extend(0, {pages, 0});
+    growth.commit("resize", "ask for fewer rows, or raise memory_limit");
+  } else if (pages < before) {
     driver_->synchronize();
-    static_cast<void>(row.shrink(*pool_, pages));
-    PagePool::Losses losses;
-    pool_->trim_to_limit(losses);
+    pool_->retire(*holder_, 0, {{pages, 0}, {}, true}, {});
+    pool_->give_up_excess(*holder_, 0);  // what the driver would not unmap stays mapped, and is counted
   }
   rows_ = rows;
   check_counts();
@@ -120,20 +146,22 @@ GrowableTensor::View GrowableTensor::view() const {
 
 std::uint64_t GrowableTensor::mapped_bytes() const {
   const auto held = lock();
-  return pool_->usage().mapped_pages * pool_->page_size();
+  return pool_->usage(*holder_).mapped_pages * pool_->page_size();
 }
 
 std::uint64_t GrowableTensor::memory_limit() const {
   const auto held = lock();
-  return pool_->usage().limit_bytes;
+  return pool_->memory_limit();
 }
 
 void GrowableTensor::set_memory_limit(std::int64_t bytes) {
   const auto held = lock();
+  if (shares_pool_) {
+    throw std::invalid_argument("memory_limit=" + std::to_string(bytes) +
+                                ": this tensor shares the budget of its pool: set the memory_limit of the pool");
+  }
   check_memory_limit(bytes);
-  pool_->set_limit(static_cast<std::uint64_t>(bytes));
-  PagePool::Losses losses;
-  pool_->trim_to_limit(losses);
+  pool_->set_memory_limit(bytes);
   check_counts();
 }
 
@@ -154,10 +182,11 @@ void GrowableTensor::close() {
 
 void GrowableTensor::close_locked(PagePool::Losses& losses) noexcept {
   closed_ = true;
+  pool_->leave(*holder_);
   try_synchronize(*driver_);
   if (buffer_.use_count() == 1) buffer_->release(losses);
   buffer_.reset();
-  pool_->close(losses);
+  if (!shares_pool_) pool_->shut(losses);
 }
 
 void GrowableTensor::check_counts() {

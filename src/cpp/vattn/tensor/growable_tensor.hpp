@@ -1,8 +1,8 @@
 // GrowableTensor: one tensor whose rows arrive over time, at addresses that never change and without a copy.
 //
 // Like a vector that never reallocates: max_rows rows of addresses are reserved, pages are mapped behind the rows in use.
-// resize is all or nothing; making it smaller gives whole pages back to the tensor's pool. Views stay valid as long as they
-// live. Errors and threads: as for KVCache.
+// resize is all or nothing; making it smaller gives whole pages back to the pool, once the device has finished. Views stay
+// valid as long as they live. Errors and threads: as for KVCache.
 #pragma once
 
 #include <memory>
@@ -13,6 +13,7 @@
 #include "vattn/driver/open.hpp"
 #include "vattn/dtype.hpp"
 #include "vattn/fork.hpp"
+#include "vattn/memory/holder.hpp"
 #include "vattn/memory/page_pool.hpp"
 #include "vattn/tensor/buffer.hpp"
 
@@ -40,6 +41,8 @@ class VATTN_API GrowableTensor {
 
   explicit GrowableTensor(const Config& config, Device device = {});
   GrowableTensor(const Config& config, Device device, std::shared_ptr<Driver> driver);
+  /// On a budget shared with others; the pool's page size and limit, so none in `config`.
+  GrowableTensor(const Config& config, std::shared_ptr<PagePool> pool);
   ~GrowableTensor();
   GrowableTensor(const GrowableTensor&) = delete;
   GrowableTensor& operator=(const GrowableTensor&) = delete;
@@ -62,14 +65,18 @@ class VATTN_API GrowableTensor {
   [[nodiscard]] const Config& config() const noexcept { return config_; }
   [[nodiscard]] Device device() const noexcept { return device_; }
   [[nodiscard]] std::int64_t page_size() const noexcept { return page_size_; }
+  [[nodiscard]] const std::string& name() const noexcept { return holder_->name(); }
 
  private:
+  /// Checks the shape and computes row_bytes_; the bytes of addresses it needs.
+  [[nodiscard]] std::size_t measure();
+  void reserve(std::size_t bytes);
   [[nodiscard]] std::unique_lock<std::mutex> lock() const;
   void check_memory_limit(std::int64_t bytes) const;
   void close_locked(PagePool::Losses& losses) noexcept;
   void check_counts();
   void resize_locked(std::int64_t rows);
-  [[nodiscard]] std::size_t pages_for(std::int64_t rows) const noexcept;
+  [[nodiscard]] std::uint32_t pages_for(std::int64_t rows) const noexcept;
 
   Generation generation_;
   Config config_;
@@ -77,8 +84,10 @@ class VATTN_API GrowableTensor {
   std::shared_ptr<Driver> driver_;
   std::int64_t page_size_ = 0;
   std::int64_t row_bytes_ = 0;
+  bool shares_pool_ = false;
   std::shared_ptr<PagePool> pool_;
   std::shared_ptr<Buffer> buffer_;
+  std::unique_ptr<Holder> holder_;
   mutable std::mutex mutex_;
   std::int64_t rows_ = 0;
   bool closed_ = false;

@@ -18,11 +18,11 @@ class VATTN_API CountingDriver final : public Decorator {
   /// Calls begun of one verb, those that failed included.
   [[nodiscard]] std::uint64_t calls(Verb verb) const noexcept { return begun_[index(verb)].load(std::memory_order_relaxed); }
 
-  /// Calls begun of all verbs but synchronize, which asks for nothing.
+  /// Calls begun of all verbs but synchronize and those of fences, which ask for no memory.
   [[nodiscard]] std::uint64_t calls() const noexcept {
     std::uint64_t total = 0;
     for (std::size_t i = 0; i < kVerbs; ++i) {
-      if (i != index(Verb::kSynchronize)) total += begun_[i].load(std::memory_order_relaxed);
+      if (!is_about_work(static_cast<Verb>(i))) total += begun_[i].load(std::memory_order_relaxed);
     }
     return total;
   }
@@ -30,10 +30,17 @@ class VATTN_API CountingDriver final : public Decorator {
   struct Alive {
     std::int64_t pages = 0;         ///< created and not released
     std::int64_t reservations = 0;  ///< reserved and not released
+    std::int64_t fences = 0;        ///< recorded and not dropped
     bool operator==(const Alive&) const = default;
   };
   [[nodiscard]] Alive alive() const noexcept {
-    return {done(Verb::kCreate) - done(Verb::kRelease), done(Verb::kReserve) - done(Verb::kReleaseRange)};
+    return {done(Verb::kCreate) - done(Verb::kRelease), done(Verb::kReserve) - done(Verb::kReleaseRange),
+            done(Verb::kRecord) - dropped_.load(std::memory_order_relaxed)};
+  }
+
+  void drop(FenceHandle fence) noexcept override {
+    dropped_.fetch_add(1, std::memory_order_relaxed);
+    Decorator::drop(fence);
   }
 
  protected:
@@ -46,6 +53,7 @@ class VATTN_API CountingDriver final : public Decorator {
 
   std::array<std::atomic<std::uint64_t>, kVerbs> begun_{};
   std::array<std::atomic<std::int64_t>, kVerbs> done_{};
+  std::atomic<std::int64_t> dropped_{0};
 };
 
 }  // namespace vattn

@@ -12,7 +12,7 @@
 
 namespace vattn {
 
-/// The verbs that change something, or make a caller wait.
+/// The verbs that change something, make a caller wait, or can fail when asked; drop cannot.
 enum class Verb : std::uint8_t {
   kReserve,
   kReleaseRange,
@@ -23,13 +23,22 @@ enum class Verb : std::uint8_t {
   kSetAccess,
   kFillZero,
   kCopy,
-  kSynchronize
+  kSynchronize,
+  kRecord,
+  kHasPassed,
+  kWait,
+  kWaitOn,
+  kIsCapturing
 };
-constexpr std::size_t kVerbs = 10;
+constexpr std::size_t kVerbs = 15;
+
+/// Whether a verb only watches or orders work on the device, and asks for no memory.
+[[nodiscard]] constexpr bool is_about_work(Verb verb) noexcept { return verb >= Verb::kSynchronize; }
 
 [[nodiscard]] constexpr const char* name_of(Verb verb) noexcept {
   constexpr const char* kNames[kVerbs] = {"reserve", "release_range", "create",    "release", "map",
-                                          "unmap",   "set_access",    "fill_zero", "copy",    "synchronize"};
+                                          "unmap",   "set_access",    "fill_zero", "copy",    "synchronize",
+                                          "record",  "has_passed",    "wait",      "wait_on", "is_capturing"};
   return kNames[static_cast<std::size_t>(verb)];
 }
 
@@ -70,6 +79,22 @@ class VATTN_API Decorator : public Driver {
   }
   void synchronize() override {
     around(Verb::kSynchronize, [&] { inner_->synchronize(); });
+  }
+  [[nodiscard]] FenceHandle record(Stream stream) override {
+    return around(Verb::kRecord, [&] { return inner_->record(stream); });
+  }
+  [[nodiscard]] bool has_passed(FenceHandle fence) override {
+    return around(Verb::kHasPassed, [&] { return inner_->has_passed(fence); });
+  }
+  void wait(FenceHandle fence) override {
+    around(Verb::kWait, [&] { inner_->wait(fence); });
+  }
+  void wait_on(Stream stream, FenceHandle fence) override {
+    around(Verb::kWaitOn, [&] { inner_->wait_on(stream, fence); });
+  }
+  void drop(FenceHandle fence) noexcept override { inner_->drop(fence); }
+  [[nodiscard]] bool is_capturing(Stream stream) override {
+    return around(Verb::kIsCapturing, [&] { return inner_->is_capturing(stream); });
   }
 
  protected:

@@ -1,0 +1,386 @@
+#include "vattn/memory/growth.hpp"
+
+#include <algorithm>
+
+namespace vattn {
+
+void Growth::extend(std::size_t group, const Extent& pages, const Extent& ahead) {
+  entries_.push_back({group, pages, ahead, {}});
+}
+
+bool Growth::commit(const char* call, const char* way_out) {
+  auto lock = pool_.lock();
+  promise();
+  bool may_create = true;
+  for (;;) {
+    try {
+      obtain(lock, may_create, call, way_out);
+    } catch (...) {
+      unpromise();
+      release_spare();
+      throw;
+    }
+    if (runs_.empty() && dirty_.empty()) break;
+    waited_ = true;
+    take_pages();
+    set_busy(true);
+    lock.unlock();
+    try {
+      work();
+      lock.lock();
+      break;
+    } catch (const OutOfMemoryError& error) {
+      // The device has less than the budget allows: once more, with what others can spare in place of new pages.
+      const bool again = may_create && creating_;
+      unmap_and_release(again);
+      lock.lock();
+      undo_counts(again);
+      if (!again || missing_ > pool_.pooled_.size() + pool_.total_excess() + pool_.ahead_transit_) {
+        unpromise();
+        release_spare();
+        const std::uint64_t needed = missing_ * pool_.page_size();
+        throw OutOfMemoryError(std::string(call) + ": " + std::to_string(needed) +
+                                   " bytes more are needed and were not to be had; nothing changed. " + error.what(),
+                               needed, error.available_bytes, pool_.limit_bytes_);
+      }
+      may_create = false;
+    } catch (...) {
+      unmap_and_release(false);
+      lock.lock();
+      undo_counts(false);
+      unpromise();
+      release_spare();
+      throw;
+    }
+  }
+  publish();
+  release_spare();
+  return waited_;
+}
+
+Growth::Ahead Growth::commit_ahead(std::unique_lock<std::mutex>& lock) {
+  ahead_only_ = true;
+  for (const Entry& entry : entries_) {
+    if (holder_.group(entry.group).busy) return Ahead::kBusy;
+  }
+  plan();
+  dirty_.clear();
+  if (runs_.empty()) return Ahead::kDone;
+  if (pool_.pressed_ != 0 || missing_ > pool_.pooled_.size() + pool_.creatable(missing_)) return Ahead::kNoRoom;
+  reserve_room();
+  take_pages();
+  set_busy(true);
+  lock.unlock();
+  try {
+    work();
+  } catch (...) {
+    unmap_and_release(false);
+    lock.lock();
+    undo_counts(false);
+    throw;
+  }
+  lock.lock();
+  publish();
+  return Ahead::kDone;
+}
+
+void Growth::promise() noexcept {
+  for (Entry& entry : entries_) {
+    RowGroup& group = holder_.group(entry.group);
+    entry.held_before = group.held;
+    for (std::size_t kind = 0; kind < group.held.size(); ++kind) {
+      group.held[kind] = std::max(group.held[kind], entry.pages[kind]);
+    }
+  }
+}
+
+void Growth::unpromise() noexcept {
+  for (const Entry& entry : entries_) holder_.group(entry.group).held = entry.held_before;
+}
+
+void Growth::plan() {
+  runs_.clear();
+  dirty_.clear();
+  fences_.clear();
+  missing_ = 0;
+  for (const Entry& entry : entries_) {
+    RowGroup& group = holder_.group(entry.group);
+    bool zeroes = false;
+    holder_.each_row(entry.group, [&](Row& row, std::uint8_t kind) {
+      const std::uint32_t target = entry.pages[kind];
+      if (zero_fill_ && !ahead_only_) {
+        const std::uint32_t from = entry.held_before[kind];
+        const std::uint32_t to = std::min({target, row.used, row.accessible});
+        if (from < to) dirty_.push_back({address(row, from), (to - from) * pool_.page_size()});
+        zeroes = zeroes || from < to;
+      }
+      if (target <= row.accessible) return;
+      const auto have = static_cast<std::uint32_t>(row.pages.size());
+      runs_.push_back({&row, entry.group, row.accessible, have, target, {}});
+      if (target <= have) return;
+      missing_ += target - have;
+    });
+    if (zeroes && PagePool::has_pending(group)) fences_.insert(fences_.end(), group.fences.begin(), group.fences.end());
+  }
+}
+
+bool Growth::any_busy() const noexcept {
+  return std::any_of(runs_.begin(), runs_.end(), [&](const Run& run) { return holder_.group(run.group).busy; });
+}
+
+void Growth::obtain(std::unique_lock<std::mutex>& lock, bool may_create, const char* call, const char* way_out) {
+  const PagePool::Pressure pressure(pool_);  // what is taken back for this growth is not for look-ahead
+  for (;;) {
+    plan();
+    if (any_busy()) {  // the mapper is at it, or somebody takes back what is beyond the promise
+      waited_ = true;
+      pool_.idle_.wait(lock);
+      continue;
+    }
+    if (!pool_.make_room(lock, {missing_, may_create, call, way_out})) break;
+    waited_ = true;
+  }
+  reserve_room();
+}
+
+void Growth::reserve_room() {
+  for (Run& run : runs_) {
+    if (run.target <= run.have) continue;
+    run.taken.reserve(run.target - run.have);
+    // Twice as much at least: a row that grows page by page must not be copied at every page.
+    if (run.row->pages.capacity() < run.target) {
+      run.row->pages.reserve(std::max<std::size_t>(run.target, 2 * run.row->pages.capacity()));
+    }
+  }
+}
+
+void Growth::take_pages() noexcept {
+  Driver& driver = holder_.driver();
+  for (Run& run : runs_) {
+    for (std::uint32_t page = run.have; page < run.target; ++page) {
+      const PageHandle home = driver.home(address(*run.row, page));
+      const auto found = pool_.pooled_.empty() ? pool_.pooled_.end()
+                         : home == 0           ? std::prev(pool_.pooled_.end())
+                                               : pool_.pooled_.find(home);
+      const bool has_home = found != pool_.pooled_.end();
+      run.taken.push_back({has_home ? *found : 0, 0, has_home ? Taken::Origin::kReused : Taken::Origin::kCreated});
+      if (has_home) pool_.pooled_.erase(found);
+    }
+  }
+  // Pooled pages that are at home elsewhere are exchanged, once every page that is at home here has been found.
+  for (Run& run : runs_) {
+    for (Taken& taken : run.taken) {
+      ++pool_.transit_;
+      if (taken.page != 0) continue;
+      if (pool_.pooled_.empty()) {
+        ++pool_.created_;
+        continue;
+      }
+      const auto last = std::prev(pool_.pooled_.end());
+      taken.victim = *last;
+      taken.origin = Taken::Origin::kExchanged;
+      pool_.pooled_.erase(last);
+    }
+    if (ahead_only_) pool_.ahead_transit_ += run.taken.size();
+  }
+}
+
+void Growth::set_busy(bool busy) noexcept {
+  for (const Run& run : runs_) holder_.group(run.group).busy = busy;
+  if (!busy) pool_.idle_.notify_all();
+}
+
+void Growth::work() {
+  create_pages();
+  map_pages();
+  set_access();
+  if (!zero_fill_) return;
+  for (const auto& fence : fences_) fence->wait();
+  for (const Range& range : dirty_) holder_.driver().fill_zero(range.at, range.size);
+  zero_old_bits();
+}
+
+void Growth::create_pages() {
+  creating_ = true;
+  for (Run& run : runs_) {
+    for (std::size_t i = 0; i < run.taken.size(); ++i) {
+      if (run.taken[i].page == 0) create(run.taken[i], address(*run.row, run.have + i));
+    }
+  }
+  creating_ = false;
+}
+
+void Growth::create(Taken& taken, Address at) {
+  Driver& driver = holder_.driver();
+  if (taken.victim == 0) {
+    taken.page = driver.create(pool_.page_size(), at);
+    return;
+  }
+  const auto use_victim = [&] {
+    taken.page = std::exchange(taken.victim, 0);
+    taken.origin = Taken::Origin::kReused;
+  };
+  try {
+    taken.page = driver.create(pool_.page_size(), at);
+  } catch (const OutOfMemoryError&) {
+    use_victim();  // no room for one page more, even for a moment: a page that merges less works as well
+    return;
+  }
+  try {
+    driver.release(taken.victim);
+    taken.victim = 0;
+  } catch (const std::exception&) {
+    // The old page cannot go, so the new one must. If that fails too there is a page more than the budget, and it is counted.
+    try {
+      driver.release(taken.page);
+      use_victim();
+    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    }
+  }
+}
+
+void Growth::map_pages() {
+  for (Run& run : runs_) {
+    for (const Taken& taken : run.taken) {
+      holder_.driver().map(address(*run.row, run.have + run.mapped), pool_.page_size(), taken.page);
+      ++run.mapped;
+    }
+  }
+}
+
+void Growth::set_access() {
+  for (const Run& run : runs_) {
+    holder_.driver().set_access(address(*run.row, run.from), (run.target - run.from) * pool_.page_size());
+  }
+}
+
+void Growth::zero_old_bits() {
+  const bool fresh_is_zero = holder_.driver().traits().fresh_pages_are_zero;
+  for (const Run& run : runs_) {
+    const auto is_clean = [&](std::uint32_t page) {
+      return page >= run.have && fresh_is_zero && run.taken[page - run.have].origin != Taken::Origin::kReused;
+    };
+    for (std::uint32_t page = run.from; page < run.target;) {
+      if (is_clean(page)) {
+        ++page;
+        continue;
+      }
+      std::uint32_t end = page + 1;
+      while (end < run.target && !is_clean(end)) ++end;
+      holder_.driver().fill_zero(address(*run.row, page), (end - page) * pool_.page_size());
+      page = end;
+    }
+  }
+}
+
+void Growth::publish() noexcept {
+  std::uint64_t created = 0;
+  std::uint64_t reused = 0;
+  for (Run& run : runs_) {
+    for (const Taken& taken : run.taken) {
+      ++(taken.origin == Taken::Origin::kReused ? reused : created);
+      run.row->pages.push_back(taken.page);
+      if (taken.victim != 0) {
+        ++pool_.created_;
+        pool_.keep(taken.victim);
+      }
+    }
+    run.row->accessible = run.target;
+    holder_.group(run.group).mapped += run.taken.size();
+    if (ahead_only_) pool_.ahead_transit_ -= run.taken.size();
+  }
+  pool_.transit_ -= created + reused;
+  pool_.mapped_ += created + reused;
+  holder_.mapped_pages += created + reused;
+  holder_.pages_created += created;
+  holder_.pages_reused += reused;
+  for (const Entry& entry : entries_) {
+    RowGroup& group = holder_.group(entry.group);
+    if (!ahead_only_ || !group.active) group.stamp = ++pool_.clock_;
+    if (ahead_only_) continue;
+    for (std::size_t kind = 0; kind < group.ahead.size(); ++kind) {
+      group.ahead[kind] = std::max(group.ahead[kind], entry.ahead[kind]);
+      group.shown[kind] = std::max({group.shown[kind], group.held[kind], group.ahead[kind]});
+    }
+  }
+  std::size_t last = SIZE_MAX;
+  for (const Run& run : runs_) {
+    if (run.group != last) holder_.update_ready(run.group);
+    last = run.group;
+  }
+  if (!runs_.empty()) set_busy(false);
+  if (!ahead_only_) PagePool::wake(holder_);
+}
+
+void Growth::unmap_and_release(bool keep_created) noexcept {
+  // The failed call may be the wait for a fill: nothing is unmapped under work that still runs.
+  if (zero_fill_) try_synchronize(holder_.driver());
+  for (auto run = runs_.rbegin(); run != runs_.rend(); ++run) {
+    if (run->mapped != 0) {
+      try {
+        holder_.driver().unmap(address(*run->row, run->have), run->mapped * pool_.page_size());
+      } catch (const std::exception&) {
+        run->stuck = true;
+      }
+    }
+    for (std::size_t i = run->stuck ? run->mapped : 0; i < run->taken.size(); ++i) {
+      Taken& taken = run->taken[i];
+      if (taken.origin != Taken::Origin::kCreated || taken.page == 0 || keep_created) continue;
+      try {
+        holder_.driver().release(taken.page);
+        taken.page = 0;
+      } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+        // Stays, pooled and counted.
+      }
+    }
+  }
+}
+
+void Growth::undo_counts(bool keep_created) noexcept {
+  if (keep_created) {
+    try {
+      spare_.reserve(missing_);
+    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+      // Then they stay pooled, and counted.
+    }
+  }
+  for (Run& run : runs_) {
+    if (ahead_only_) pool_.ahead_transit_ -= run.taken.size();
+    for (std::size_t i = 0; i < run.taken.size(); ++i) {
+      Taken& taken = run.taken[i];
+      --pool_.transit_;
+      if (run.stuck && i < run.mapped) {
+        // Still mapped, so the row says so. Not accessible, so no length may count on it.
+        run.row->pages.push_back(taken.page);
+        ++pool_.mapped_;
+        ++holder_.mapped_pages;
+        ++holder_.group(run.group).mapped;
+      } else if (taken.page != 0) {
+        if (spare_.size() < spare_.capacity() && taken.origin == Taken::Origin::kCreated) spare_.push_back(taken.page);
+        pool_.keep(taken.page);
+      } else if (taken.origin == Taken::Origin::kCreated) {
+        --pool_.created_;  // never made, or released again
+      }
+      if (taken.victim != 0) {
+        if (taken.page != 0) ++pool_.created_;  // both exist: neither could be released
+        pool_.keep(taken.victim);
+      }
+    }
+  }
+  set_busy(false);
+  runs_.clear();
+}
+
+void Growth::release_spare() noexcept {
+  for (const PageHandle page : std::exchange(spare_, {})) {
+    if (pool_.pooled_.erase(page) == 0) continue;  // the second attempt used it, or somebody else did
+    try {
+      holder_.driver().release(page);
+      --pool_.created_;
+    } catch (const std::exception&) {
+      pool_.keep(page);
+    }
+  }
+}
+
+}  // namespace vattn

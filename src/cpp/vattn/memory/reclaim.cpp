@@ -1,0 +1,257 @@
+// PagePool under pressure: who gives up what, in which order. page_pool.hpp states the order.
+#include <algorithm>
+
+#include "vattn/driver/limits.hpp"
+#include "vattn/memory/page_pool.hpp"
+
+namespace vattn {
+
+std::uint64_t PagePool::total_excess() const noexcept {
+  std::uint64_t excess = 0;
+  for (const Holder* holder : holders_) {
+    for (std::size_t group = 0; group < holder->groups(); ++group) excess += holder->excess(group);
+  }
+  return excess;
+}
+
+std::uint64_t PagePool::obtainable() const noexcept {
+  const std::uint64_t in_use = mapped_ + (transit_ - ahead_transit_) - total_excess();
+  return limit_pages() > in_use ? limit_pages() - in_use : 0;
+}
+
+std::uint64_t PagePool::creatable(std::uint64_t pages) const {
+  const std::uint64_t budget = limit_pages() > created_ ? limit_pages() - created_ : 0;
+  const std::uint64_t wanted = std::min(pages, budget);
+  // Large growth asks first: it would otherwise take all the memory there is before it finds that it is not enough.
+  if (wanted * page_size_ < kAskFirstBytes) return wanted;
+  return std::min(wanted, driver_->memory_info().available_bytes / page_size_);
+}
+
+bool PagePool::anyone_busy() const noexcept {
+  if (ahead_transit_ != 0) return true;
+  for (const Holder* holder : holders_) {
+    for (std::size_t group = 0; group < holder->groups(); ++group) {
+      if (holder->group(group).busy) return true;
+    }
+  }
+  return false;
+}
+
+void PagePool::refuse(const Need& need, std::uint64_t available, const std::string& why) const {
+  const std::uint64_t needed = need.pages * page_size_;
+  throw OutOfMemoryError(std::string(need.call) + ": " + std::to_string(needed) + " bytes more are needed, " + why +
+                             ". Nothing changed: " + need.way_out,
+                         needed, available * page_size_, limit_bytes_);
+}
+
+bool PagePool::make_room(std::unique_lock<std::mutex>& lock, const Need& need) {
+  if (need.pages == 0) return false;
+  if (need.pages + mapped_ > kMostPages) {
+    refuse(need, kMostPages,
+           std::to_string(need.pages) + " pages, and " + std::to_string(kMostPages) +
+               " are the most that can be counted: a larger page_size needs fewer");
+  }
+  const std::uint64_t pooled = pooled_.size();
+  if (pooled >= need.pages) return false;
+  const std::uint64_t lacking = need.pages - pooled;
+  const std::uint64_t budget = std::min(lacking, limit_pages() > created_ ? limit_pages() - created_ : 0);
+  const std::uint64_t to_create = need.may_create ? creatable(lacking) : 0;
+  if (to_create >= lacking) return false;
+  const std::uint64_t others = total_excess() + ahead_transit_;
+  const std::uint64_t available = pooled + to_create + others;
+  if (need.pages > available) {
+    if (to_create < budget) {
+      refuse(
+          need, available,
+          "and the " + std::string(driver_->traits().name) + " driver has " + std::to_string(to_create * page_size_) + " left");
+    }
+    refuse(need, available,
+           std::to_string(available * page_size_) + " of memory_limit=" + std::to_string(limit_bytes_) + " are available");
+  }
+  if (reclaim(lock, lacking - to_create)) return true;
+  refuse(need, pooled + to_create, "and the driver would not unmap what is not in use");
+}
+
+PagePool::Candidate PagePool::coldest(const Refused& refused, bool pending) noexcept {
+  Candidate best;
+  const RowGroup* best_group = nullptr;
+  for (Holder* holder : holders_) {
+    for (std::size_t index = 0; index < holder->groups(); ++index) {
+      RowGroup& group = holder->group(index);
+      if (group.busy || holder->excess(index) == 0 || has_pending(group) != pending) continue;
+      const auto is_this = [&](const Candidate& one) { return one.holder == holder && one.group == index; };
+      if (std::any_of(refused.begin(), refused.end(), is_this)) continue;
+      // Look-ahead goes before anything warm; of equals the coldest.
+      if (best_group != nullptr &&
+          (group.active < best_group->active || (group.active == best_group->active && group.stamp >= best_group->stamp))) {
+        continue;
+      }
+      best = {holder, index};
+      best_group = &group;
+    }
+  }
+  return best;
+}
+
+std::uint64_t PagePool::take_back(std::unique_lock<std::mutex>& lock, Candidate from, std::uint64_t pages, Losses* losses) {
+  struct Cut {
+    Row* row;
+    std::uint32_t keep;
+    bool done;
+  };
+  RowGroup& group = from.holder->group(from.group);
+  std::vector<Cut> cuts;
+  from.holder->each_row(from.group, [&](Row& row, std::uint8_t kind) {
+    const auto mapped = static_cast<std::uint32_t>(row.pages.size());
+    if (mapped > group.held[kind]) cuts.push_back({&row, group.held[kind], false});
+  });
+  // A page off every row at a time, the longest rows first, so that what stays is as long as it can be in every row.
+  std::uint64_t excess = 0;
+  for (const Cut& cut : cuts) excess += cut.row->pages.size() - cut.keep;
+  if (pages < excess) {
+    std::uint64_t spared = excess - pages;
+    for (bool any = true; spared != 0 && any;) {
+      any = false;
+      std::uint32_t shortest = UINT32_MAX;
+      for (const Cut& cut : cuts) {
+        if (cut.keep < cut.row->pages.size()) shortest = std::min(shortest, cut.keep);
+      }
+      for (auto cut = cuts.begin(); cut != cuts.end() && spared != 0; ++cut) {
+        if (cut->keep != shortest || cut->keep == cut->row->pages.size()) continue;
+        ++cut->keep;
+        --spared;
+        any = true;
+      }
+    }
+  }
+  for (const Cut& cut : cuts) cut.row->accessible = std::min(cut.row->accessible, cut.keep);
+  from.holder->update_ready(from.group);
+  group.busy = true;
+  lock.unlock();
+
+  for (Cut& cut : cuts) {
+    const std::size_t gone = cut.row->pages.size() - cut.keep;
+    if (gone == 0) continue;
+    try {
+      driver_->unmap(cut.row->base + cut.keep * page_size_, gone * page_size_);
+      cut.done = true;
+    } catch (const std::exception& error) {
+      if (losses != nullptr) losses->note(losses->mappings, error);
+    }
+  }
+
+  lock.lock();
+  std::uint64_t taken = 0;
+  for (const Cut& cut : cuts) {
+    if (!cut.done) continue;
+    Row& row = *cut.row;
+    const std::size_t gone = row.pages.size() - cut.keep;
+    mapped_ -= gone;
+    for (auto page = row.pages.begin() + cut.keep; page != row.pages.end(); ++page) keep(*page);
+    row.pages.resize(cut.keep);
+    row.used = std::min(row.used, cut.keep);
+    group.mapped -= gone;
+    from.holder->mapped_pages -= gone;
+    taken += gone;
+  }
+  group.busy = false;
+  idle_.notify_all();
+  wake(*from.holder);
+  return taken;
+}
+
+bool PagePool::reclaim(std::unique_lock<std::mutex>& lock, std::uint64_t pages) {
+  Refused refused;
+  std::uint64_t taken = 0;
+  while (taken < pages) {
+    if (const Candidate next = coldest(refused, false); next.holder != nullptr) {
+      const std::uint64_t got = take_back(lock, next, pages - taken, nullptr);
+      if (got == 0) refused.push_back(next);
+      taken += got;
+      continue;
+    }
+    if (taken != 0) break;  // look again before waiting for anyone
+    if (const Candidate next = coldest(refused, true); next.holder != nullptr) {
+      const Fences fences = next.holder->group(next.group).fences;
+      lock.unlock();
+      try {
+        for (const auto& fence : fences) fence->wait();
+      } catch (...) {
+        lock.lock();
+        throw;
+      }
+      lock.lock();
+      return true;
+    }
+    if (!anyone_busy()) return false;
+    idle_.wait(lock);
+    return true;
+  }
+  return true;
+}
+
+bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexcept {
+  bool any = false;
+  std::set<PageHandle> refused_pages;
+  Refused refused;
+  try {
+    while (created_ > limit_pages()) {
+      const auto last = std::find_if(pooled_.rbegin(), pooled_.rend(),
+                                     [&](PageHandle page) { return refused_pages.find(page) == refused_pages.end(); });
+      if (last != pooled_.rend()) {
+        const PageHandle page = *last;
+        auto node = pooled_.extract(page);
+        ++transit_;
+        lock.unlock();
+        bool released = true;
+        try {
+          driver_->release(page);
+        } catch (const std::exception& error) {
+          losses.note(losses.pages, error);
+          released = false;
+        }
+        lock.lock();
+        --transit_;
+        if (released) {
+          --created_;
+          any = true;
+        } else {
+          pooled_.insert(std::move(node));
+          refused_pages.insert(page);
+        }
+        continue;
+      }
+      const Candidate next = coldest(refused, false);
+      if (next.holder == nullptr) break;
+      if (take_back(lock, next, created_ - limit_pages(), &losses) == 0) refused.push_back(next);
+    }
+  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    // No memory to note what was refused: tried again with the next call.
+  }
+  return any;
+}
+
+void PagePool::settle() noexcept {
+  std::unique_lock lock(mutex_);
+  Losses losses;
+  settle(lock, losses);
+}
+
+bool PagePool::give_up_excess(Holder& holder, std::size_t index) noexcept {
+  std::unique_lock lock(mutex_);
+  while (holder.group(index).busy) idle_.wait(lock);
+  const std::uint64_t excess = holder.excess(index);
+  if (excess == 0) return true;
+  bool all = false;
+  try {
+    all = take_back(lock, {&holder, index}, excess, nullptr) == excess;
+  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    // No memory for the list of cuts: what is not needed stays mapped, and is excess like any other.
+  }
+  Losses losses;
+  settle(lock, losses);
+  wake_all();
+  return all;
+}
+
+}  // namespace vattn

@@ -1,0 +1,57 @@
+// Streams, and what a capture makes of them.
+//
+// Rules: the NULL stream cannot be asked whether it is captured while another stream is. Work may run on when its stream is
+// destroyed; fills and copies that can be over by then are.
+#include <memory>
+
+#include "work.hpp"
+
+namespace fake_cuda {
+
+CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamCreate", Needs::kContext);
+  if (stream == nullptr || (flags & ~CU_STREAM_NON_BLOCKING) != 0) return CUDA_ERROR_INVALID_VALUE;
+  auto made = std::make_unique<StreamState>(StreamState{entry.device().ordinal, flags != CU_STREAM_NON_BLOCKING, true, {}});
+  entry->streams.insert(made.get());
+  *stream = reinterpret_cast<CUstream>(made.release());
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamSynchronize(CUstream stream) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamSynchronize", Needs::kContext);
+  if (!is_stream(*entry, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  wait_for(entry, all_of_queue(queue_of(*entry, entry.device().ordinal, stream)));
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamDestroy(CUstream stream) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamDestroy", Needs::kContext);
+  auto* destroyed = reinterpret_cast<StreamState*>(stream);
+  if (entry->streams.erase(destroyed) == 0) return CUDA_ERROR_INVALID_HANDLE;
+  // The real driver lets work finish in its own time and returns at once; fills and copies have finished by the time anyone
+  // can tell.
+  static_cast<void>(finish_transfers(*entry, all_of_queue(destroyed->queue)));
+  delete destroyed;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamWaitEvent", Needs::kContext);
+  auto* awaited = reinterpret_cast<EventState*>(event);
+  if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
+  if (!is_stream(*entry, stream) || entry->events.count(awaited) == 0) return CUDA_ERROR_INVALID_HANDLE;
+  queue_of(*entry, entry.device().ordinal, stream).awaited.insert(awaited->marked.begin(), awaited->marked.end());
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamIsCapturing", Needs::kContext);
+  if (status == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  if (!is_stream(*entry, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  const bool captured = queue_of(*entry, entry.device().ordinal, stream).capturing;
+  if (!captured && stream == nullptr && is_any_captured(*entry)) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  *status = captured ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
+
+}  // namespace fake_cuda
