@@ -80,7 +80,9 @@ class VATTN_API KVCache {
   void step(std::span<const std::int64_t> lengths, std::optional<Stream> stream = {});
   /// Only the slots named. The stream is only asked whether it is being captured: growth cannot be.
   void step(std::span<const SlotLength> lengths, std::optional<Stream> stream = {});
-  void step(std::initializer_list<SlotLength> lengths) { step(std::span(lengths.begin(), lengths.size())); }
+  void step(std::initializer_list<SlotLength> lengths, std::optional<Stream> stream = {}) {
+    step(std::span(lengths.begin(), lengths.size()), stream);
+  }
   /// step, if it can be done at once: no growth, no waiting for the lock. False: nothing changed, call step.
   [[nodiscard]] bool try_step(std::span<const std::int64_t> lengths) noexcept;
   /// Would the step have memory? Takes nothing; the same bad arguments throw.

@@ -195,6 +195,7 @@ class VATTN_API PagePool {
   std::uint64_t clock_ = 0;
   std::uint64_t joined_ = 0;
   std::vector<Holder*> holders_;
+  bool settling_ = false;
   bool closed_ = false;
 };
 

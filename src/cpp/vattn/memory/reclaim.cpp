@@ -51,22 +51,19 @@ bool PagePool::make_room(std::unique_lock<std::mutex>& lock, const Need& need) {
            std::to_string(need.pages) + " pages, and " + std::to_string(kMostPages) +
                " are the most that can be counted: a larger page_size needs fewer");
   }
+  if (const std::uint64_t allowed = obtainable(); need.pages > allowed) {
+    refuse(need, allowed,
+           std::to_string(allowed * page_size_) + " of memory_limit=" + std::to_string(limit_bytes_) + " are available");
+  }
   const std::uint64_t pooled = pooled_.size();
   if (pooled >= need.pages) return false;
   const std::uint64_t lacking = need.pages - pooled;
-  const std::uint64_t budget = std::min(lacking, limit_pages() > created_ ? limit_pages() - created_ : 0);
   const std::uint64_t to_create = need.may_create ? creatable(lacking) : 0;
   if (to_create >= lacking) return false;
-  const std::uint64_t others = total_excess() + ahead_transit_;
-  const std::uint64_t available = pooled + to_create + others;
-  if (need.pages > available) {
-    if (to_create < budget) {
-      refuse(
-          need, available,
-          "and the " + std::string(driver_->traits().name) + " driver has " + std::to_string(to_create * page_size_) + " left");
-    }
-    refuse(need, available,
-           std::to_string(available * page_size_) + " of memory_limit=" + std::to_string(limit_bytes_) + " are available");
+  if (const std::uint64_t all = pooled + to_create + total_excess() + ahead_transit_; need.pages > all) {
+    refuse(
+        need, all,
+        "and the " + std::string(driver_->traits().name) + " driver has " + std::to_string(to_create * page_size_) + " left");
   }
   if (reclaim(lock, lacking - to_create)) return true;
   refuse(need, pooled + to_create, "and the driver would not unmap what is not in use");
@@ -191,6 +188,10 @@ bool PagePool::reclaim(std::unique_lock<std::mutex>& lock, std::uint64_t pages) 
 }
 
 bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexcept {
+  // One at a time: two would each take back what one must.
+  while (settling_) idle_.wait(lock);
+  if (created_ <= limit_pages()) return false;
+  settling_ = true;
   bool any = false;
   std::set<PageHandle> refused_pages;
   Refused refused;
@@ -228,6 +229,8 @@ bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexce
   } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
     // No memory to note what was refused: tried again with the next call.
   }
+  settling_ = false;
+  idle_.notify_all();
   return any;
 }
 
