@@ -305,6 +305,7 @@ CacheStats KVCache::stats() const {
   stats.warm_bytes = usage.warm_pages * page;
   stats.prompts = prompts_;
   stats.warm_prompts = warm_prompts_;
+  stats.reused_prompts = reused_prompts_;
   stats.steps_waited = steps_waited_;
   return stats;
 }

@@ -189,6 +189,7 @@ class VATTN_API KVCache {
   std::uint64_t map_wait_ns_ = 0;
   std::uint64_t prompts_ = 0;
   std::uint64_t warm_prompts_ = 0;
+  std::uint64_t reused_prompts_ = 0;
   std::uint64_t steps_waited_ = 0;
   bool closed_ = false;
 };

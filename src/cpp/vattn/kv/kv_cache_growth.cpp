@@ -120,12 +120,12 @@ void KVCache::grow(std::span<const SlotLength> lengths, std::optional<Stream> st
     if (tokens <= slots_.quiet(slot)) continue;
     growth.extend(static_cast<std::size_t>(slot), extent(tokens), ahead_of(tokens));
   }
-  bool waited = false;
+  Growth::Outcome outcome;
   if (!growth.empty()) {
     check_not_capturing("step", stream);
     const auto start = std::chrono::steady_clock::now();
-    waited = growth.commit("step", "free or truncate slots, or raise memory_limit");
-    if (waited) {
+    outcome = growth.commit("step", "free or truncate slots, or raise memory_limit");
+    if (outcome.waited) {
       map_wait_ns_ += static_cast<std::uint64_t>(
           std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count());
       ++steps_waited_;
@@ -139,7 +139,8 @@ void KVCache::grow(std::span<const SlotLength> lengths, std::optional<Stream> st
     if (fresh == 0 || tokens == 0) continue;
     fresh = 0;
     ++prompts_;
-    if (!waited) ++warm_prompts_;
+    if (!outcome.waited) ++warm_prompts_;
+    if (outcome.created == 0) ++reused_prompts_;
   }
   check_counts();
 }

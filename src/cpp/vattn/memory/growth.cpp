@@ -8,7 +8,7 @@ void Growth::extend(std::size_t group, const Extent& pages, const Extent& ahead)
   entries_.push_back({group, pages, ahead, {}});
 }
 
-bool Growth::commit(const char* call, const char* way_out) {
+Growth::Outcome Growth::commit(const char* call, const char* way_out) {
   auto lock = pool_.lock();
   promise();
   bool may_create = true;
@@ -21,7 +21,7 @@ bool Growth::commit(const char* call, const char* way_out) {
       throw;
     }
     if (runs_.empty() && dirty_.empty()) break;
-    waited_ = true;
+    outcome_.waited = true;
     take_pages();
     set_busy(true);
     lock.unlock();
@@ -55,7 +55,7 @@ bool Growth::commit(const char* call, const char* way_out) {
   }
   publish();
   release_spare();
-  return waited_;
+  return outcome_;
 }
 
 Growth::Ahead Growth::commit_ahead(std::unique_lock<std::mutex>& lock) {
@@ -133,12 +133,12 @@ void Growth::obtain(std::unique_lock<std::mutex>& lock, bool may_create, const c
   for (;;) {
     plan();
     if (any_busy()) {  // the mapper is at it, or somebody takes back what is beyond the promise
-      waited_ = true;
+      outcome_.waited = true;
       pool_.idle_.wait(lock);
       continue;
     }
     if (!pool_.make_room(lock, {missing_, may_create, call, way_out})) break;
-    waited_ = true;
+    outcome_.waited = true;
   }
   reserve_room();
 }
@@ -292,6 +292,7 @@ void Growth::publish() noexcept {
   pool_.transit_ -= created + reused;
   pool_.mapped_ += created + reused;
   holder_.mapped_pages += created + reused;
+  outcome_.created = created;
   holder_.pages_created += created;
   holder_.pages_reused += reused;
   for (const Entry& entry : entries_) {

@@ -31,9 +31,13 @@ class VATTN_API Growth {
 
   [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
 
+  struct Outcome {
+    bool waited = false;        ///< it had to call the driver, or to wait; else the pages were there
+    std::uint64_t created = 0;  ///< pages that had to be made
+  };
   /// OutOfMemoryError, or what the driver throws; then promises, mappings and counts are as before, but for excess that was
-  /// taken back. True: it had to call the driver or to wait, false: the pages were there.
-  bool commit(const char* call, const char* way_out);
+  /// taken back.
+  Outcome commit(const char* call, const char* way_out);
 
   enum class Ahead : std::uint8_t { kDone, kBusy, kNoRoom };
   /// Maps ahead of need, with the pool's lock held; released meanwhile. Throws what the driver throws, everything undone.
@@ -95,7 +99,7 @@ class VATTN_API Growth {
   Holder& holder_;
   bool zero_fill_;
   bool ahead_only_ = false;
-  bool waited_ = false;
+  Outcome outcome_;
   bool creating_ = false;
   std::uint64_t missing_ = 0;
   std::vector<Entry> entries_;
