@@ -1,4 +1,5 @@
-"""What a step costs from Python that grows nothing: 256 active slots, one length each, by the type of the lengths.
+"""What a step costs from Python that grows nothing: 256 active slots, one length each, by the type of the lengths, with
+the mapper thread there and done.
 
 Prints one line of JSON: medians of 201 rounds of 1,000 steps, in nanoseconds a step. The forms take turns.
 Bound (first issue): numpy int64 under 3,000 ns.
@@ -24,10 +25,13 @@ ROUNDS = 201
 
 
 def main() -> None:
-    cache = vattn.KVCache(32, 8, 128, max_batch_size=SLOTS, max_seq_len=8192, dtype=torch.bfloat16, device="meta")
+    cache = vattn.KVCache(
+        32, 8, 128, max_batch_size=SLOTS, max_seq_len=8192, dtype=torch.bfloat16, device="meta", lookahead_tokens=1024
+    )
     cache.alloc_block(SLOTS)
     lengths = np.full(SLOTS, 700, dtype=np.int64)
     cache.step(lengths)
+    cache.settle()
     forms = {
         "numpy": lengths,
         "torch": torch.from_numpy(lengths),

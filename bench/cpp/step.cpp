@@ -1,4 +1,4 @@
-// What does a step cost that grows nothing? 256 active slots, one length each.
+// What does a step cost that grows nothing? 256 active slots, one length each, with the mapper thread there and done.
 //
 //   bench_step            medians of many rounds, as JSON
 //   bench_step --count N  N steps and no clock: the difference of two callgrind runs is the cost of a step in instructions
@@ -16,10 +16,12 @@ int main(int argc, char** argv) {
   vattn::CacheConfig config{
       .num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = kSlots, .max_seq_len = 8192};
   config.dtype = vattn::DType::kBFloat16;
+  config.lookahead_tokens = 1024;  // a page, the default where there is memory
   vattn::KVCache cache(config, {vattn::Device::Kind::kMeta, 0});
   cache.alloc_block(kSlots);
   std::vector<std::int64_t> lengths(kSlots, 700);
   cache.step(std::span<const std::int64_t>(lengths));
+  cache.settle();
   const std::uint64_t calls = cache.stats().driver_calls;
   const auto steps = [&] {
     for (int i = 0; i < kSteps; ++i) cache.step(std::span<const std::int64_t>(lengths));

@@ -19,7 +19,8 @@ from vattn.errors import ClosedError, DriverError, Error, InUseError, NoFreeSlot
 if TYPE_CHECKING:
     from vattn.growable_tensor import GrowableTensor
     from vattn.kv_cache import KVCache
-    from vattn.stats import Stats
+    from vattn.page_pool import PagePool
+    from vattn.stats import MemberStats, PoolStats, Stats
 
 __all__ = [
     "ClosedError",
@@ -28,13 +29,23 @@ __all__ = [
     "GrowableTensor",
     "InUseError",
     "KVCache",
+    "MemberStats",
     "NoFreeSlotError",
     "OutOfMemoryError",
+    "PagePool",
+    "PoolStats",
     "Stats",
     "__version__",
 ]
 
-_HOMES = {"KVCache": "vattn.kv_cache", "GrowableTensor": "vattn.growable_tensor", "Stats": "vattn.stats"}
+_HOMES = {
+    "GrowableTensor": "vattn.growable_tensor",
+    "KVCache": "vattn.kv_cache",
+    "MemberStats": "vattn.stats",
+    "PagePool": "vattn.page_pool",
+    "PoolStats": "vattn.stats",
+    "Stats": "vattn.stats",
+}
 _MODULES = ("attention", "transformers", "tools")
 
 

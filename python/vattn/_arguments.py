@@ -43,6 +43,13 @@ def to_optional_size(value: Any, name: str) -> int | None:
     return None if value is None else parse_size(value, name)
 
 
+def to_size(value: Any, name: str, owner: str) -> int:
+    """A size that must be there: of an ``owner`` that exists already, None would say nothing."""
+    if value is None:
+        raise TypeError(f"{name}=None must be a number of bytes or text such as '20GiB' once the {owner} exists")
+    return parse_size(value, name)
+
+
 def to_bool(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={shown(value)} must be True or False, not {type(value).__name__}")

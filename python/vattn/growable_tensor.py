@@ -11,13 +11,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from vattn import _core
-from vattn._arguments import is_torch_tensor, to_device_name, to_dtype_name, to_int, to_ints, to_optional_size
+from vattn._arguments import (
+    is_torch_tensor,
+    to_device_name,
+    to_dtype_name,
+    to_int,
+    to_ints,
+    to_optional_size,
+    to_size,
+)
 from vattn._tensors import finisher
+from vattn.page_pool import native_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+
+    from vattn.page_pool import PagePool
 
 
 class GrowableTensor:
@@ -30,6 +41,8 @@ class GrowableTensor:
         device: ``"cpu"``, ``"cuda[:i]"`` or ``"meta"``.
         page_size: bytes, or text such as ``"2MiB"``; None: 64 KiB on the host, 2 MiB on cuda and meta.
         memory_limit: bytes, or text, at least one page; None: 90 % of what is free now.
+        pool: a :class:`vattn.PagePool` of the same device, to share one budget with others. It sets the page size and
+            the limit, so neither can be given here.
 
     Raises:
         TypeError, ValueError, OverflowError: a bad argument.
@@ -44,6 +57,8 @@ class GrowableTensor:
         device: torch.device | str = "cpu",
         page_size: int | str | None = None,
         memory_limit: int | str | None = None,
+        *,
+        pool: PagePool | None = None,
     ) -> None:
         # A 0-d tensor or array is a number, and yet has a __len__, which raises.
         many = hasattr(row_shape, "__len__") and getattr(row_shape, "shape", None) != ()
@@ -54,6 +69,7 @@ class GrowableTensor:
         self._max_rows = to_int(max_rows, "max_rows")
         self._dtype_name = to_dtype_name(dtype)
         self._device_name = to_device_name(device)
+        self._pool = pool
         self._native = _core.GrowableTensor(
             shape,
             self._max_rows,
@@ -61,6 +77,7 @@ class GrowableTensor:
             self._device_name,
             page_size=to_optional_size(page_size, "page_size"),
             memory_limit=to_optional_size(memory_limit, "memory_limit"),
+            pool=native_pool(pool, self._device_name),
         )
         self._finish = finisher(self._dtype_name, self._device_name)
         self._length_lock = threading.Lock()
@@ -142,17 +159,12 @@ class GrowableTensor:
 
     @property
     def memory_limit(self) -> int:
-        """Bytes of physical memory it may hold; settable at any time."""
+        """Bytes of physical memory it may hold; settable at any time, but for a member of a pool: set the pool's."""
         return self._native.memory_limit()
 
     @memory_limit.setter
     def memory_limit(self, value: int | str) -> None:
-        limit = to_optional_size(value, "memory_limit")
-        if limit is None:
-            raise TypeError(
-                "memory_limit=None must be a number of bytes or text such as '20GiB' once the tensor exists"
-            )
-        self._native.set_memory_limit(limit)
+        self._native.set_memory_limit(to_size(value, "memory_limit", "tensor"))
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -166,6 +178,16 @@ class GrowableTensor:
     def page_size(self) -> int:
         """Bytes."""
         return self._native.page_size()
+
+    @property
+    def pool(self) -> PagePool | None:
+        """The pool it was given, or None."""
+        return self._pool
+
+    @property
+    def name(self) -> str:
+        """What ``pool.stats()`` and messages call it: the kind, and the order of joining the pool."""
+        return self._native.name()
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ Thread: any method from any thread; driver calls never hold the GIL. In a forked
 from __future__ import annotations
 
 import contextlib
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,14 +25,19 @@ from vattn._arguments import (
     to_lengths,
     to_optional_int,
     to_optional_size,
+    to_size,
 )
+from vattn._streams import to_handle, to_stream
 from vattn._tensors import finisher
+from vattn.page_pool import native_pool
 from vattn.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
+
+    from vattn.page_pool import PagePool
 
     Views = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -55,6 +61,12 @@ class KVCache:
         page_size: bytes, or text such as ``"2MiB"``; None: 64 KiB on the host, 2 MiB on cuda and meta.
         memory_limit: bytes, or text such as ``"40GiB"``, at least one page in every tensor; None: 90 % of what is free
             now, and no limit on meta.
+        pool: a :class:`vattn.PagePool` of the same device, to share one budget with others. It sets the page size and
+            the limit, so neither can be given here.
+        lookahead_tokens: how far a thread of the cache's own keeps memory mapped ahead of every slot in use, so that
+            ``step`` finds it there; None: a page, 64 tokens at least, and 0 on meta; 0: no thread.
+        warm_tokens: how far that thread keeps one free slot mapped for the next request; None: a page in every tensor;
+            0: not at all.
         unmapped_reads: what reading tokens that were never committed does: ``"zeros"`` (the host's default, and
             possible only there) or ``"fault"``.
         guard_tokens: tokens past every length that are kept committed and zeroed, for kernels that load whole tiles.
@@ -81,6 +93,9 @@ class KVCache:
         layout: str | None = None,
         page_size: int | str | None = None,
         memory_limit: int | str | None = None,
+        pool: PagePool | None = None,
+        lookahead_tokens: int | None = None,
+        warm_tokens: int | None = None,
         unmapped_reads: str | None = None,
         guard_tokens: int = 0,
         scrub: bool = False,
@@ -94,6 +109,7 @@ class KVCache:
         self._head_dim = to_int(head_dim, "head_dim")
         v_dim = to_optional_int(v_head_dim, "v_head_dim")
         self._v_head_dim = self._head_dim if v_dim is None else v_dim
+        self._pool = pool
         self._native = _core.KVCache(
             self._num_layers,
             self._num_kv_heads,
@@ -107,6 +123,9 @@ class KVCache:
             layout=to_choice(layout, "layout", ("NHD", "HND")),
             page_size=to_optional_size(page_size, "page_size"),
             memory_limit=to_optional_size(memory_limit, "memory_limit"),
+            pool=native_pool(pool, self._device_name),
+            lookahead_tokens=to_optional_int(lookahead_tokens, "lookahead_tokens"),
+            warm_tokens=to_optional_int(warm_tokens, "warm_tokens"),
             unmapped_reads=to_choice(unmapped_reads, "unmapped_reads", ("fault", "zeros")),
             guard_tokens=to_int(guard_tokens, "guard_tokens"),
             scrub=to_bool(scrub, "scrub"),
@@ -114,34 +133,56 @@ class KVCache:
         self._page_size = self._native.page_size()
         self._tokens_per_page = self._native.tokens_per_page()
         self._layout = self._native.layout()
+        self._lookahead_tokens = self._native.lookahead_tokens()
+        self._warm_tokens = self._native.warm_tokens()
+        # When the cache is dropped, and at interpreter exit, while its thread can still be waited for. The native
+        # destructor would call the driver with the GIL held.
+        weakref.finalize(self, _close_quietly, self._native)
         self._finish: Callable[[Any], Views] = finisher(self._dtype_name, self._device_name)
 
-    def __del__(self) -> None:
-        # The native destructor would run with the GIL held; close() releases it around the driver calls.
-        native = self.__dict__.get("_native")
-        if native is not None:
-            with contextlib.suppress(Exception):  # in a forked child, or what the driver would not take
-                native.close()
+    # Slots. A stream is a torch.cuda.Stream, an object with __cuda_stream__, or the handle as an int; None: torch's
+    # current stream of the cache's device. It matters on cuda only.
 
-    # Slots.
+    def alloc(self, expected_len: int | None = None, *, stream: Any = None) -> int:
+        """Takes a free slot: of those that kept memory, the smallest with room for ``expected_len`` tokens, else the
+        largest; of those that have none, the lowest.
 
-    def alloc(self) -> int:
-        """Takes the lowest free slot. NoFreeSlotError when all are in use."""
-        return self._native.alloc()
+        Args:
+            expected_len: tokens that the request will have; None: as many as possible.
+            stream: whose work comes next. It is made to wait for what still uses the slot's memory.
 
-    def alloc_block(self, n: int) -> list[int]:
-        """Takes ``n`` neighbouring slots, ascending, for kernels that want a dense batch.
+        Raises:
+            NoFreeSlotError: all are in use.
+            ValueError: ``expected_len`` is negative or past ``max_seq_len``.
+        """
+        return self._native.alloc(
+            to_optional_int(expected_len, "expected_len"), stream=to_stream(stream, self._device_name)
+        )
+
+    def alloc_block(self, n: int, *, stream: Any = None) -> list[int]:
+        """Takes ``n`` neighbouring slots, ascending, for kernels that want a dense batch; ``stream`` as for
+        :meth:`alloc`.
 
         NoFreeSlotError when there are none.
         """
-        return self._native.alloc_block(to_int(n, "n"))
+        return self._native.alloc_block(to_int(n, "n"), stream=to_stream(stream, self._device_name))
 
-    def free(self, slot: int) -> None:
-        """Forgets a slot; its pages can serve other requests. On a GPU this waits for the work in flight first.
+    def free(self, slot: int, *, stream: Any = None) -> None:
+        """Forgets a slot. Its pages stay mapped, for the next request or for whoever needs them.
 
-        IndexError: no such slot. ValueError: the slot is not in use.
+        They are taken away only once the work on ``stream``, and on the streams recorded, has finished. Where there is
+        no stream to go by, this waits for the device instead.
+
+        Raises:
+            IndexError: no such slot.
+            ValueError: the slot is not in use.
+            Error: the stream is being captured into a graph.
         """
-        self._native.free(to_int(slot, "slot"))
+        self._native.free(to_int(slot, "slot"), stream=to_stream(stream, self._device_name))
+
+    def record_stream(self, stream: Any) -> None:
+        """Another stream uses this cache too: what is given up from now on waits for its work as well."""
+        self._native.record_stream(to_handle(stream, self._device_name))
 
     def slots(self) -> list[int]:
         """The slots in use, ascending."""
@@ -169,9 +210,12 @@ class KVCache:
             OutOfMemoryError: not all the pages are to be had; ``needed_bytes`` says how much was missing.
             ValueError, IndexError, TypeError: a bad slot or length.
             DriverError: a driver call failed, and everything was undone.
+            Error: it would grow while torch's current stream, or one recorded, is being captured into a graph.
         """
         if not self._native.step(lengths):
-            self._native.step(to_lengths(lengths))
+            stream = to_stream(None, self._device_name)
+            if not self._native.step_on(lengths, stream):
+                self._native.step_on(to_lengths(lengths), stream)
 
     def fits(self, lengths: Mapping[int, int] | Sequence[int] | torch.Tensor) -> bool:
         """Whether such a :meth:`step` would have memory now. Takes nothing; bad arguments raise as there."""
@@ -180,19 +224,21 @@ class KVCache:
             answer = self._native.fits(to_lengths(lengths))
         return bool(answer)
 
-    def truncate(self, slot: int, n: int) -> None:
-        """Forgets the tokens from ``n`` on; whole pages above them become reusable.
+    def truncate(self, slot: int, n: int, *, stream: Any = None) -> None:
+        """Forgets the tokens from ``n`` on; whole pages above them can be taken by others, as after :meth:`free`.
 
-        ValueError when ``n`` is past the length.
+        Raises:
+            ValueError: ``n`` is negative or past the length, or the slot is not in use.
+            Error: the stream is being captured into a graph.
         """
-        self._native.truncate(to_int(slot, "slot"), to_int(n, "n"))
+        self._native.truncate(to_int(slot, "slot"), to_int(n, "n"), stream=to_stream(stream, self._device_name))
 
     def seq_len(self, slot: int) -> int:
         """Tokens in use."""
         return self._native.seq_len(to_int(slot, "slot"))
 
     def committed_len(self, slot: int) -> int:
-        """Tokens that have memory, the guard not counted."""
+        """Tokens that have memory now, look-ahead included; neither the guard, nor what was truncated."""
         return self._native.committed_len(to_int(slot, "slot"))
 
     # Tensors.
@@ -293,21 +339,24 @@ class KVCache:
     def memory_limit(self) -> int:
         """Bytes of physical memory the cache may hold. Set it at any time, in bytes or as text.
 
-        Lowered, it holds at once for growth and gives up what is not in use; active slots keep their pages. ValueError
-        below one page group.
+        Lowered, it holds at once for growth and gives up what is not in use: now, or as soon as the work that still
+        uses it has finished. Active slots keep their pages. ValueError below one page group, and for a member of a
+        pool: set the pool's.
         """
         return self._native.memory_limit()
 
     @memory_limit.setter
     def memory_limit(self, value: int | str) -> None:
-        limit = to_optional_size(value, "memory_limit")
-        if limit is None:
-            raise TypeError("memory_limit=None must be a number of bytes or text such as '20GiB' once the cache exists")
-        self._native.set_memory_limit(limit)
+        self._native.set_memory_limit(to_size(value, "memory_limit", "cache"))
 
     def stats(self) -> Stats:
         """A snapshot of bytes and counts."""
         return Stats(*self._native.stats())
+
+    def settle(self) -> None:
+        """Waits until the look-ahead thread has mapped what it can for now; at once where there is none. For tests and
+        measurements: ``step`` waits for what it needs by itself."""
+        self._native.settle()
 
     def close(self) -> None:
         """Gives everything back but what living tensors hold. A second call does nothing; every other method then
@@ -320,6 +369,16 @@ class KVCache:
     @property
     def is_closed(self) -> bool:
         return self._native.is_closed()
+
+    @property
+    def name(self) -> str:
+        """What ``pool.stats()`` and messages call it: the kind, and the order of joining the pool."""
+        return self._native.name()
+
+    @property
+    def pool(self) -> PagePool | None:
+        """The pool it was given, or None."""
+        return self._pool
 
     @property
     def max_batch_size(self) -> int:
@@ -349,6 +408,16 @@ class KVCache:
     def page_size(self) -> int:
         """Bytes."""
         return self._page_size
+
+    @property
+    def lookahead_tokens(self) -> int:
+        """How far memory is mapped ahead of every slot in use; 0: no thread does."""
+        return self._lookahead_tokens
+
+    @property
+    def warm_tokens(self) -> int:
+        """How far one free slot is kept mapped for the next request."""
+        return self._warm_tokens
 
     @property
     def tokens_per_page(self) -> int:
@@ -392,3 +461,8 @@ class KVCache:
         raise TypeError(
             "a KVCache cannot be pickled or copied: it owns mapped memory; copy the tensors of its views instead"
         )
+
+
+def _close_quietly(native: _core.KVCache) -> None:
+    with contextlib.suppress(Exception):  # in a forked child, or what the driver would not take
+        native.close()

@@ -7,12 +7,14 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "vattn/kv/kv_cache.hpp"
+#include "vattn/memory/page_pool.hpp"
 #include "vattn/tensor/growable_tensor.hpp"
 
 namespace nb = nanobind;
@@ -37,8 +39,31 @@ class GilReleased {
   PyThreadState* state_;
 };
 
+/// Drops a reference, on a thread that holds the GIL. The last owner of memory calls the driver, and a driver call never holds
+/// the GIL; at interpreter exit there is none to release.
+template <typename T>
+void drop(std::shared_ptr<T>& reference) noexcept {
+  if (reference.use_count() == 1 && nb::is_alive()) {
+    const GilReleased release;
+    reference.reset();
+  } else {
+    reference.reset();
+  }
+}
+
+/// A PagePool as Python holds it. What was made in it keeps it alive, so that the last reference is dropped here.
+struct SharedPool {
+  explicit SharedPool(std::shared_ptr<vattn::PagePool> made) noexcept : pool(std::move(made)) {}
+  SharedPool(const SharedPool&) = delete;
+  SharedPool& operator=(const SharedPool&) = delete;
+  ~SharedPool() { drop(pool); }
+
+  std::shared_ptr<vattn::PagePool> pool;
+};
+
 void bind_errors(nb::module_& module);
 void bind_system(nb::module_& module);
+void bind_page_pool(nb::module_& module);
 void bind_kv_cache(nb::module_& module);
 void bind_growable_tensor(nb::module_& module);
 

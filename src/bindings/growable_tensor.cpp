@@ -26,13 +26,18 @@ void bind_growable_tensor(nb::module_& module) {
       .def(
           "__init__",
           [](GrowableTensor* self, std::vector<std::int64_t> row_shape, std::int64_t max_rows, const std::string& dtype,
-             const std::string& device, std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit) {
+             const std::string& device, std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit,
+             const SharedPool* pool) {
             GrowableTensor::Config config{std::move(row_shape), max_rows, dtype_of(dtype), page_size, memory_limit};
             const GilReleased release;
-            new (self) GrowableTensor(config, vattn::parse_device(device));
+            if (pool != nullptr) {
+              new (self) GrowableTensor(config, pool->pool);
+            } else {
+              new (self) GrowableTensor(config, vattn::parse_device(device));
+            }
           },
           nb::arg("row_shape"), nb::arg("max_rows"), nb::arg("dtype"), nb::arg("device"), nb::arg("page_size").none(),
-          nb::arg("memory_limit").none())
+          nb::arg("memory_limit").none(), nb::arg("pool").none(), nb::keep_alive<1, 8>())
       .def("resize", &GrowableTensor::resize, Release())
       .def("rows", &GrowableTensor::rows, Release())
       .def("tensor", &tensor)
@@ -41,5 +46,6 @@ void bind_growable_tensor(nb::module_& module) {
       .def("set_memory_limit", &GrowableTensor::set_memory_limit, Release())
       .def("close", &GrowableTensor::close, Release())
       .def("is_closed", &GrowableTensor::is_closed, Release())
-      .def("page_size", &GrowableTensor::page_size);
+      .def("page_size", &GrowableTensor::page_size)
+      .def("name", &GrowableTensor::name);
 }

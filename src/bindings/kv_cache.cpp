@@ -28,23 +28,33 @@ Views to_python(const vattn::KVView<Rank>& views) {
   return nb::make_tuple(to_torch(views.k), views.v ? to_torch(*views.v) : nb::none());
 }
 
-/// False: not a form this file knows; Python turns it into one.
-bool step(KVCache& cache, nb::handle value) {
-  const Lengths lengths = to_lengths(value);
+using Stream = std::optional<vattn::Stream>;
+
+bool step_with(KVCache& cache, const Lengths& lengths, Stream stream) {
   if (lengths.kind == Lengths::Kind::kUnknown) return false;
-  if (lengths.kind == Lengths::Kind::kSequence) {
-    // The common step grows nothing and finds the lock free: done before the GIL could be released and taken again.
-    if (cache.try_step(lengths.sequence)) return true;
-    // A copy, since the array is the caller's to write once the GIL is gone.
-    const std::vector<std::int64_t> copy(lengths.sequence.begin(), lengths.sequence.end());
+  if (lengths.kind == Lengths::Kind::kNamed) {
     const GilReleased release;
-    cache.step(std::span<const std::int64_t>(copy));
+    cache.step(std::span<const vattn::SlotLength>(lengths.named), stream);
     return true;
   }
+  // A copy, since the array is the caller's to write once the GIL is gone.
+  const std::vector<std::int64_t> copy(lengths.sequence.begin(), lengths.sequence.end());
   const GilReleased release;
-  cache.step(std::span<const vattn::SlotLength>(lengths.named));
+  cache.step(std::span<const std::int64_t>(copy), stream);
   return true;
 }
+
+/// False: Python's turn, which knows more forms and, on a device with streams, which one is current. It calls step_on.
+bool step(KVCache& cache, nb::handle value) {
+  const Lengths lengths = to_lengths(value);
+  // The common step grows nothing and finds the lock free: done before the GIL could be released and taken again.
+  if (lengths.kind == Lengths::Kind::kSequence && cache.try_step(lengths.sequence)) return true;
+  if (cache.device().kind == vattn::Device::Kind::kCuda) return false;
+  return step_with(cache, lengths, {});
+}
+
+/// False: not a form this file knows; Python turns it into one.
+bool step_on(KVCache& cache, nb::handle value, Stream stream) { return step_with(cache, to_lengths(value), stream); }
 
 nb::object fits(const KVCache& cache, nb::handle value) {
   const Lengths lengths = to_lengths(value);
@@ -66,7 +76,7 @@ Views view(const KVCache& cache, std::int64_t layer, std::int64_t slot) {
   }());
 }
 
-Views batch(const KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length) {
+Views batch(KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length) {
   return to_python([&] {
     const GilReleased release;
     return cache.batch(layer, slots, length);
@@ -89,7 +99,8 @@ nb::typed<nb::tuple, nb::int_, nb::ellipsis> stats(const KVCache& cache) {
   }
   return nb::make_tuple(now.reserved_bytes, now.created_bytes, now.mapped_bytes, now.pooled_bytes, now.retired_bytes,
                         now.limit_bytes, now.used_bytes, now.available_bytes, now.reclaimable_bytes, now.active_slots,
-                        now.warm_slots, now.driver_calls, now.pages_created, now.pages_reused, now.map_wait_ns);
+                        now.warm_slots, now.driver_calls, now.pages_created, now.pages_reused, now.map_wait_ns,
+                        now.warm_bytes, now.prompts, now.warm_prompts, now.reused_prompts, now.steps_waited);
 }
 
 }  // namespace
@@ -101,7 +112,8 @@ void bind_kv_cache(nb::module_& module) {
           [](KVCache* self, std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim,
              std::int64_t max_batch_size, std::int64_t max_seq_len, const std::string& dtype, const std::string& device,
              std::optional<std::int64_t> v_head_dim, std::int64_t layers_per_tensor, const std::optional<std::string>& layout,
-             std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit,
+             std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit, const SharedPool* pool,
+             std::optional<std::int64_t> lookahead_tokens, std::optional<std::int64_t> warm_tokens,
              const std::optional<std::string>& unmapped_reads, std::int64_t guard_tokens, bool scrub) {
             vattn::CacheConfig config;
             config.num_layers = num_layers;
@@ -119,21 +131,30 @@ void bind_kv_cache(nb::module_& module) {
                                            vattn::UnmappedReads::kZeros);
             config.guard_tokens = guard_tokens;
             config.scrub = scrub;
+            config.lookahead_tokens = lookahead_tokens;
+            config.warm_tokens = warm_tokens;
             const GilReleased release;
-            new (self) KVCache(config, vattn::parse_device(device));
+            if (pool != nullptr) {
+              new (self) KVCache(config, pool->pool);
+            } else {
+              new (self) KVCache(config, vattn::parse_device(device));
+            }
           },
           nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::kw_only(), nb::arg("max_batch_size"),
           nb::arg("max_seq_len"), nb::arg("dtype"), nb::arg("device"), nb::arg("v_head_dim").none(),
           nb::arg("layers_per_tensor"), nb::arg("layout").none(), nb::arg("page_size").none(), nb::arg("memory_limit").none(),
-          nb::arg("unmapped_reads").none(), nb::arg("guard_tokens"), nb::arg("scrub"))
-      .def("alloc", &KVCache::alloc, Release())
-      .def("alloc_block", &KVCache::alloc_block, Release())
-      .def("free", &KVCache::free, Release())
+          nb::arg("pool").none(), nb::arg("lookahead_tokens").none(), nb::arg("warm_tokens").none(),
+          nb::arg("unmapped_reads").none(), nb::arg("guard_tokens"), nb::arg("scrub"), nb::keep_alive<1, 14>())
+      .def("alloc", &KVCache::alloc, nb::arg("expected_len").none(), nb::arg("stream").none(), Release())
+      .def("alloc_block", &KVCache::alloc_block, nb::arg("n"), nb::arg("stream").none(), Release())
+      .def("free", &KVCache::free, nb::arg("slot"), nb::arg("stream").none(), Release())
+      .def("record_stream", &KVCache::record_stream, Release())
       .def("slots", &KVCache::slots, Release())
       .def("active_slots", &KVCache::active_slots, Release())
       .def("step", &step, nb::arg("lengths").none())
+      .def("step_on", &step_on, nb::arg("lengths").none(), nb::arg("stream").none())
       .def("fits", &fits, nb::arg("lengths").none())
-      .def("truncate", &KVCache::truncate, Release())
+      .def("truncate", &KVCache::truncate, nb::arg("slot"), nb::arg("n"), nb::arg("stream").none(), Release())
       .def("seq_len", &KVCache::seq_len, Release())
       .def("committed_len", &KVCache::committed_len, Release())
       .def("view", &view)
@@ -142,9 +163,13 @@ void bind_kv_cache(nb::module_& module) {
       .def("memory_limit", &KVCache::memory_limit, Release())
       .def("set_memory_limit", &KVCache::set_memory_limit, Release())
       .def("stats", &stats)
+      .def("settle", &KVCache::settle, Release())
       .def("close", &KVCache::close, Release())
       .def("is_closed", &KVCache::is_closed, Release())
       .def("layout", [](const KVCache& cache) { return cache.geometry().layout() == vattn::Layout::kHND ? "HND" : "NHD"; })
+      .def("name", &KVCache::name)
       .def("page_size", [](const KVCache& cache) { return cache.geometry().page_size(); })
+      .def("lookahead_tokens", [](const KVCache& cache) { return cache.geometry().lookahead_tokens(); })
+      .def("warm_tokens", [](const KVCache& cache) { return cache.geometry().warm_tokens(); })
       .def("tokens_per_page", [](const KVCache& cache) { return cache.geometry().tokens_per_page(); });
 }

@@ -11,6 +11,7 @@ NB_MODULE(_core, module) {
   module.def("version", &vattn::version, "The version of the library that is loaded.");
   bind_errors(module);
   bind_system(module);
+  bind_page_pool(module);
   bind_kv_cache(module);
   bind_growable_tensor(module);
 }

@@ -6,16 +6,11 @@
 
 namespace {
 
-// Runs with the GIL, on whatever thread dropped the tensor. The last owner unmaps, and a driver call never holds the GIL; at
-// interpreter exit there is none to release.
+// Runs with the GIL, on whatever thread dropped the tensor.
 void drop_owner(void* owner) noexcept {
   auto* buffer = static_cast<std::shared_ptr<vattn::Buffer>*>(owner);
-  if (buffer->use_count() == 1 && nb::is_alive()) {
-    const GilReleased release;
-    delete buffer;
-  } else {
-    delete buffer;
-  }
+  drop(*buffer);
+  delete buffer;
 }
 
 nb::tuple to_tuple(std::span<const std::int64_t> values) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <memory>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -41,20 +42,44 @@ class PrimaryContext {
 
 /// Makes a context current on this thread until the end of the scope, then restores what was current before. Which context
 /// that was is the caller's affair: a worker thread has none, PyTorch may have another device's.
+///
+/// For as long, the thread's calls are relaxed towards captures. Another thread may be capturing a graph, by default in the
+/// mode in which a call that is potentially unsafe, from any thread, is refused and may end the capture. What vattn calls
+/// belongs to no graph, so it does no harm to one; PyTorch's allocator guards its own calls in the same way. Where the library
+/// has no such mode there is none to leave.
 class CurrentContext {
  public:
-  CurrentContext(const Libcuda& libcuda, const PrimaryContext& context) : libcuda_(libcuda) {
-    libcuda_.check(libcuda_->cuCtxPushCurrent(context.get()), "cuCtxPushCurrent", "make the device's context current");
+  CurrentContext(const Libcuda& libcuda, const PrimaryContext& context) : CurrentContext(libcuda, context, std::nothrow) {
+    libcuda_.check(pushed_, "cuCtxPushCurrent", "make the device's context current");
+    libcuda_.check(relaxed_, "cuThreadExchangeStreamCaptureMode", "let other threads' captures be");
+  }
+  /// For destructors: throws nothing, and goes on without the relaxed mode where there is no having it.
+  CurrentContext(const Libcuda& libcuda, const PrimaryContext& context, std::nothrow_t /*tag*/) noexcept
+      : libcuda_(libcuda), pushed_(libcuda->cuCtxPushCurrent(context.get())) {
+    if (is_current()) relaxed_ = exchange_mode();
   }
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
   ~CurrentContext() {
+    if (!is_current()) return;
+    if (relaxed_ == CUDA_SUCCESS) static_cast<void>(exchange_mode());
     CUcontext popped = nullptr;
     static_cast<void>(libcuda_->cuCtxPopCurrent(&popped));
   }
 
+  [[nodiscard]] bool is_current() const noexcept { return pushed_ == CUDA_SUCCESS; }
+
  private:
+  /// Gives the thread the mode that `mode_` holds, which then holds the thread's.
+  CUresult exchange_mode() noexcept {
+    const auto exchange = libcuda_->cuThreadExchangeStreamCaptureMode;
+    return exchange != nullptr ? exchange(&mode_) : CUDA_SUCCESS;
+  }
+
   const Libcuda& libcuda_;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+  CUresult pushed_;
+  CUresult relaxed_ = CUDA_SUCCESS;
 };
 
 /// A stream of our own, for filling and copying. Non-blocking, and not the NULL stream: work on the NULL stream waits for all
@@ -72,10 +97,8 @@ class OwnStream {
   ~OwnStream() {
     if (!generation_.is_current()) return;
     const Libcuda& cuda = *libcuda_;
-    if (cuda->cuCtxPushCurrent(context_.get()) != CUDA_SUCCESS) return;
-    static_cast<void>(cuda->cuStreamDestroy(stream_));
-    CUcontext popped = nullptr;
-    static_cast<void>(cuda->cuCtxPopCurrent(&popped));
+    const CurrentContext current(cuda, context_, std::nothrow);
+    if (current.is_current()) static_cast<void>(cuda->cuStreamDestroy(stream_));
   }
 
   [[nodiscard]] CUstream get() const noexcept { return stream_; }

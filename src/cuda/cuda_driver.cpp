@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <new>
 #include <set>
 #include <sstream>
 #include <unordered_map>
@@ -320,17 +321,14 @@ CudaDriver::~CudaDriver() {
 // try, after the device is idle; what fails now stays until the process ends.
 void CudaDriver::return_leftovers() noexcept {
   if (bases_.empty() && handles_.empty()) return;
-  if (cuda()->cuCtxPushCurrent(context_.get()) != CUDA_SUCCESS) return;
-  if (cuda()->cuCtxSynchronize() == CUDA_SUCCESS) {
-    for (const Address base : bases_) {
-      const MappingTable::Range& range = *table_.find(base);
-      for (const auto& [at, mapping] : range.mapped) static_cast<void>(cuda()->cuMemUnmap(at, mapping.size));
-      static_cast<void>(cuda()->cuMemAddressFree(base, range.size));
-    }
-    for (const auto& [page, handle] : handles_) static_cast<void>(cuda()->cuMemRelease(handle));
+  const CurrentContext current(cuda(), context_, std::nothrow);
+  if (!current.is_current() || cuda()->cuCtxSynchronize() != CUDA_SUCCESS) return;
+  for (const Address base : bases_) {
+    const MappingTable::Range& range = *table_.find(base);
+    for (const auto& [at, mapping] : range.mapped) static_cast<void>(cuda()->cuMemUnmap(at, mapping.size));
+    static_cast<void>(cuda()->cuMemAddressFree(base, range.size));
   }
-  CUcontext popped = nullptr;
-  static_cast<void>(cuda()->cuCtxPopCurrent(&popped));
+  for (const auto& [page, handle] : handles_) static_cast<void>(cuda()->cuMemRelease(handle));
 }
 
 }  // namespace

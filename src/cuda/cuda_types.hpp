@@ -65,6 +65,13 @@ enum CUstreamCaptureStatus : unsigned {
   CU_STREAM_CAPTURE_STATUS_INVALIDATED = 2,  // a call that a capture does not allow has ended it
 };
 
+/// What a thread's calls may do to captures, its own and other threads'.
+enum CUstreamCaptureMode : unsigned {
+  CU_STREAM_CAPTURE_MODE_GLOBAL = 0,        // the default: a potentially unsafe call is refused and may end a capture
+  CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,  // only a capture that this thread began
+  CU_STREAM_CAPTURE_MODE_RELAXED = 2,       // such a call is let through, and ends none
+};
+
 // ---- finding entry points -----------------------------------------------------------------------------------------------
 
 using cuuint64_t = std::uint64_t;

@@ -1,5 +1,6 @@
 #include "cuda/fences.hpp"
 
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -34,12 +35,11 @@ class Fences::Use {
 
 Fences::~Fences() {
   if (!generation_.is_current() || (recorded_.empty() && free_.empty())) return;
-  if (cuda()->cuCtxPushCurrent(context_.get()) != CUDA_SUCCESS) return;
+  const CurrentContext current(cuda(), context_, std::nothrow);
+  if (!current.is_current()) return;
   for (const Marks* marks : {&recorded_, &free_}) {
     for (const Mark& mark : *marks) static_cast<void>(cuda()->cuEventDestroy(mark.event));
   }
-  CUcontext popped = nullptr;
-  static_cast<void>(cuda()->cuCtxPopCurrent(&popped));
 }
 
 void Fences::make_event() {

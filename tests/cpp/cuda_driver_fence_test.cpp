@@ -260,7 +260,7 @@ TEST_F(CudaFence, AnyCallMayFailWithoutALeak) {
   };
   const Stream on = stream();
   for (const bool sticky : {false, true}) {
-    for (std::uint64_t k = 1; k <= 20; ++k) {
+    for (std::uint64_t k = 1; k <= 30; ++k) {  // more calls than are made
       auto driver = open_cuda_driver(0);
       fake_cuda_fail(nullptr, k, cuda::CUDA_ERROR_ILLEGAL_ADDRESS, sticky ? 1 : 0);
       try {

@@ -1,6 +1,8 @@
 // The fake CUDA library's streams and events: what comes after what, by name, by time and across streams; captures; latency.
 #include <atomic>
 #include <chrono>
+#include <functional>
+#include <iterator>
 #include <thread>
 
 #include "fake_cuda_fixture.hpp"
@@ -259,6 +261,83 @@ TEST_F(FakeCudaStream, ChangingMemoryDuringACaptureIsAViolation) {
   fake_cuda_set_capturing(0, 1);
   EXPECT_EQ(cu.cuStreamIsCapturing(nullptr, &status), CUDA_SUCCESS);
   EXPECT_EQ(status, CU_STREAM_CAPTURE_STATUS_ACTIVE);
+}
+
+TEST_F(FakeCudaStream, OnlyARelaxedThreadMayDoMoreThanAskDuringACapture) {
+  const CUstream other = make_stream();
+  const CUevent event = record(other);
+  const CUdeviceptr free = reserve(kPage);
+  const CUstream captured = make_stream();
+  fake_cuda_set_capturing(reinterpret_cast<std::uint64_t>(captured), 1);
+  const auto properties = on_device(0);
+  CUmemGenericAllocationHandle page = 0;
+  CUdeviceptr reserved = 0;
+  const std::function<CUresult()> calls[] = {
+      [&] { return cu.cuMemAddressReserve(&reserved, kPage, kPage, 0, 0); },
+      [&] { return cu.cuMemAddressFree(reserved, kPage); },
+      [&] { return cu.cuMemCreate(&page, kPage, &properties, 0); },
+      [&] { return cu.cuMemMap(free, kPage, 0, page, 0); },
+      [&] { return allow(free, kPage); },
+      [&] { return cu.cuMemUnmap(free, kPage); },
+      [&] { return cu.cuMemRelease(page); },
+      [&] { return cu.cuEventRecord(event, other); },
+      [&] { return cu.cuEventQuery(event); },
+      [&] { return cu.cuEventSynchronize(event); },
+      [&] { return cu.cuStreamSynchronize(other); },
+  };
+  std::uint64_t violations = 0;
+  const auto expect_all = [&](CUresult expected) {
+    for (const auto& call : calls) EXPECT_EQ(call(), expected);
+    violations += expected != CUDA_SUCCESS ? std::size(calls) : 0;
+    EXPECT_EQ(fake_cuda_violations(), violations);
+  };
+  expect_all(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  auto mode = CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+  ASSERT_EQ(cu.cuThreadExchangeStreamCaptureMode(&mode), CUDA_SUCCESS);
+  EXPECT_EQ(mode, CU_STREAM_CAPTURE_MODE_GLOBAL);
+  expect_all(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  ASSERT_EQ(cu.cuThreadExchangeStreamCaptureMode(&mode), CUDA_SUCCESS);
+  EXPECT_EQ(mode, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+  expect_all(CUDA_SUCCESS);
+  EXPECT_EQ(cu.cuCtxSynchronize(), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(fake_cuda_violations(), violations + 1);
+  std::thread([] { EXPECT_EQ(fake_cuda_capture_mode(), CU_STREAM_CAPTURE_MODE_GLOBAL); }).join();
+}
+
+TEST_F(FakeCudaStream, ACapturedStreamMayOnlyBeAskedWhetherItIs) {
+  const CUstream captured = make_stream();
+  const CUevent event = record(captured);
+  auto mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  ASSERT_EQ(cu.cuThreadExchangeStreamCaptureMode(&mode), CUDA_SUCCESS);
+  fake_cuda_set_capturing(reinterpret_cast<std::uint64_t>(captured), 1);
+  EXPECT_EQ(cu.cuEventRecord(event, captured), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(cu.cuStreamWaitEvent(captured, event, 0), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(cu.cuStreamSynchronize(captured), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(cu.cuMemsetD8Async(base_, 0, 8, captured), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(cu.cuMemcpyDtoDAsync(base_, base_ + 8, 8, captured), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(cu.cuStreamDestroy(captured), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(fake_cuda_violations(), 6U);
+  unsigned char byte = 0;
+  fake_cuda_set_capturing(0, 1);
+  EXPECT_EQ(cu.cuMemcpyHtoD(base_, &byte, 1), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(cu.cuMemcpyDtoH(&byte, base_, 1), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(fake_cuda_violations(), 8U);
+  kernel_on(captured, 0);
+  EXPECT_EQ(cu.cuEventQuery(event), CUDA_SUCCESS);
+  EXPECT_EQ(fake_cuda_violations(), 8U);
+}
+
+TEST_F(FakeCudaStream, AThreadsCaptureModeIsOneOfThree) {
+  EXPECT_EQ(cu.cuThreadExchangeStreamCaptureMode(nullptr), CUDA_ERROR_INVALID_VALUE);
+  auto mode = static_cast<CUstreamCaptureMode>(3);
+  EXPECT_EQ(cu.cuThreadExchangeStreamCaptureMode(&mode), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(fake_cuda_capture_mode(), CU_STREAM_CAPTURE_MODE_GLOBAL);
+  mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  EXPECT_EQ(cu.cuThreadExchangeStreamCaptureMode(&mode), CUDA_SUCCESS);
+  EXPECT_EQ(fake_cuda_capture_mode(), CU_STREAM_CAPTURE_MODE_RELAXED);
+  fake_cuda_reset();
+  EXPECT_EQ(fake_cuda_capture_mode(), CU_STREAM_CAPTURE_MODE_GLOBAL);
 }
 
 TEST_F(FakeCudaStream, CallsTakeTheTimeTheyAreGiven) {

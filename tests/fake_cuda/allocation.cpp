@@ -63,7 +63,7 @@ CUresult cuMemGetAllocationGranularity(std::size_t* granularity, const CUmemAllo
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size, const CUmemAllocationProp* properties,
                      unsigned long long flags) {
-  FAKE_CUDA_ENTRY(entry, "cuMemCreate", Needs::kNoCapture);
+  FAKE_CUDA_ENTRY(entry, "cuMemCreate", Needs::kRelaxed);
   if (handle == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
   if (const CUresult bad = check_properties(*entry, properties); bad != CUDA_SUCCESS) return bad;
   if (size == 0 || size % entry->settings.granularity != 0) return CUDA_ERROR_INVALID_VALUE;
@@ -80,7 +80,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size, con
 }
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-  FAKE_CUDA_ENTRY(entry, "cuMemRelease", Needs::kContext);
+  FAKE_CUDA_ENTRY(entry, "cuMemRelease", Needs::kRelaxed);
   const auto found = entry->allocations.find(handle);
   if (found == entry->allocations.end() || found->second.references == 0) {
     entry->violate("cuMemRelease of " + std::to_string(handle) + ", which is no handle or was released");

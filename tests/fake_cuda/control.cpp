@@ -93,6 +93,8 @@ void fake_cuda_count(fake_cuda_counts* counts) {
 
 int fake_cuda_context_depth(void) { return static_cast<int>(fake_cuda::context_stack().size()); }
 
+int fake_cuda_capture_mode(void) { return static_cast<int>(fake_cuda::capture_mode()); }
+
 uint64_t fake_cuda_calls(const char* entry) {
   const Locked locked;
   uint64_t calls = 0;

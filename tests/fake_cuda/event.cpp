@@ -29,9 +29,11 @@ CUresult cuEventCreate(CUevent* event, unsigned flags) {
 }
 
 CUresult cuEventRecord(CUevent event, CUstream stream) {
-  FAKE_CUDA_ENTRY(entry, "cuEventRecord", Needs::kContext);
+  FAKE_CUDA_ENTRY(entry, "cuEventRecord", Needs::kRelaxed);
   EventState* recorded = find(*entry, event);
-  if (recorded == nullptr || !is_stream(*entry, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  if (recorded == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (const CUresult bad = check_stream(*entry, entry.device().ordinal, stream, "cuEventRecord"); bad != CUDA_SUCCESS)
+    return bad;
   const int device = stream != nullptr ? reinterpret_cast<StreamState*>(stream)->device : entry.device().ordinal;
   if (device != recorded->device) return CUDA_ERROR_INVALID_HANDLE;
   recorded->marked = before_next(*entry, device, stream);
@@ -39,14 +41,14 @@ CUresult cuEventRecord(CUevent event, CUstream stream) {
 }
 
 CUresult cuEventQuery(CUevent event) {
-  FAKE_CUDA_ENTRY(entry, "cuEventQuery", Needs::kContext);
+  FAKE_CUDA_ENTRY(entry, "cuEventQuery", Needs::kRelaxed);
   const EventState* asked = find(*entry, event);
   if (asked == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   return is_any_left(*entry, asked->marked) ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
 }
 
 CUresult cuEventSynchronize(CUevent event) {
-  FAKE_CUDA_ENTRY(entry, "cuEventSynchronize", Needs::kContext);
+  FAKE_CUDA_ENTRY(entry, "cuEventSynchronize", Needs::kRelaxed);
   const EventState* waited = find(*entry, event);
   if (waited == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   wait_for(entry, WorkIds(waited->marked));  // a copy: it may be recorded anew, or destroyed, meanwhile

@@ -62,6 +62,7 @@ typedef struct fake_cuda_counts {
 
 FAKE_CUDA_API void fake_cuda_count(fake_cuda_counts* counts);
 FAKE_CUDA_API int fake_cuda_context_depth(void);           /* contexts on the calling thread's stack */
+FAKE_CUDA_API int fake_cuda_capture_mode(void);            /* the calling thread's, a CUstreamCaptureMode */
 FAKE_CUDA_API uint64_t fake_cuda_calls(const char* entry); /* calls of it, failed ones too; NULL: of all */
 FAKE_CUDA_API void fake_cuda_clear_calls(void);
 
@@ -86,14 +87,18 @@ FAKE_CUDA_API uint64_t fake_cuda_stream_create(int device);
 FAKE_CUDA_API void fake_cuda_stream_destroy(uint64_t stream);
 
 /* The stream (0: every NULL stream) is being captured into a graph, or is not any more. cuStreamIsCapturing says so. While one
- * is, cuMemCreate, cuMemMap, cuMemUnmap, cuMemSetAccess and cuCtxSynchronize, from any thread, are violations and are refused
- * with CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, and asking about the NULL stream gets CUDA_ERROR_STREAM_CAPTURE_IMPLICIT. */
+ * is, violations, refused with CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, are
+ *   - from a thread that has not made its mode relaxed with cuThreadExchangeStreamCaptureMode: cuMemAddressReserve,
+ *     cuMemAddressFree, cuMemCreate, cuMemRelease, cuMemMap, cuMemUnmap, cuMemSetAccess, cuEventRecord, cuEventQuery,
+ *     cuEventSynchronize and cuStreamSynchronize;
+ *   - from any thread: cuCtxSynchronize, and every use of the captured stream but cuStreamIsCapturing.
+ * Asking about the NULL stream gets CUDA_ERROR_STREAM_CAPTURE_IMPLICIT. Kernels of a test may be given to a captured stream. */
 FAKE_CUDA_API void fake_cuda_set_capturing(uint64_t stream, int on);
 
 /* ---- which rule was broken -------------------------------------------------------------------------------------------- */
 
 /* Calls that are undefined behaviour or a later fault with the real driver: unmapping under running work, releasing a handle
- * that is none, touching memory without access, changing it during a capture, any call in a forked child. Each is refused. */
+ * that is none, touching memory without access, what a capture does not allow, any call in a forked child. Each is refused. */
 FAKE_CUDA_API uint64_t fake_cuda_violations(void);
 FAKE_CUDA_API size_t fake_cuda_last_violation(char* text, size_t size); /* its length; cut to size - 1 and terminated */
 

@@ -47,7 +47,7 @@ CUresult check_access(const State& state, const CUmemAccessDesc* access, std::si
 
 CUresult cuMemMap(CUdeviceptr at, std::size_t size, std::size_t offset, CUmemGenericAllocationHandle handle,
                   unsigned long long flags) {
-  FAKE_CUDA_ENTRY(entry, "cuMemMap", Needs::kNoCapture);
+  FAKE_CUDA_ENTRY(entry, "cuMemMap", Needs::kRelaxed);
   const std::size_t granularity = entry->settings.granularity;
   if (flags != 0 || offset != 0 || at % granularity != 0 || size == 0 || size % granularity != 0)
     return CUDA_ERROR_INVALID_VALUE;
@@ -67,7 +67,7 @@ CUresult cuMemMap(CUdeviceptr at, std::size_t size, std::size_t offset, CUmemGen
 }
 
 CUresult cuMemUnmap(CUdeviceptr at, std::size_t size) {
-  FAKE_CUDA_ENTRY(entry, "cuMemUnmap", Needs::kNoCapture);
+  FAKE_CUDA_ENTRY(entry, "cuMemUnmap", Needs::kRelaxed);
   const auto mappings = whole_mappings(*entry, at, size);
   if (mappings.empty()) return CUDA_ERROR_INVALID_VALUE;
   if (is_in_use(*entry, at, size)) {
@@ -88,7 +88,7 @@ CUresult cuMemUnmap(CUdeviceptr at, std::size_t size) {
 }
 
 CUresult cuMemSetAccess(CUdeviceptr at, std::size_t size, const CUmemAccessDesc* access, std::size_t count) {
-  FAKE_CUDA_ENTRY(entry, "cuMemSetAccess", Needs::kNoCapture);
+  FAKE_CUDA_ENTRY(entry, "cuMemSetAccess", Needs::kRelaxed);
   if (const CUresult bad = check_access(*entry, access, count); bad != CUDA_SUCCESS) return bad;
   const auto mappings = whole_mappings(*entry, at, size);
   if (mappings.empty()) return CUDA_ERROR_INVALID_VALUE;

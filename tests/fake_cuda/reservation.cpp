@@ -14,7 +14,7 @@ namespace fake_cuda {
 
 CUresult cuMemAddressReserve(CUdeviceptr* base, std::size_t size, std::size_t alignment, CUdeviceptr hint,
                              unsigned long long flags) {
-  FAKE_CUDA_ENTRY(entry, "cuMemAddressReserve", Needs::kContext);
+  FAKE_CUDA_ENTRY(entry, "cuMemAddressReserve", Needs::kRelaxed);
   if (base == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
   if (size == 0 || size % kHostPage != 0 || hint % kHostPage != 0) return CUDA_ERROR_INVALID_VALUE;
   if ((alignment & (alignment - 1)) != 0) return CUDA_ERROR_INVALID_VALUE;
@@ -37,7 +37,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* base, std::size_t size, std::size_t al
 }
 
 CUresult cuMemAddressFree(CUdeviceptr base, std::size_t size) {
-  FAKE_CUDA_ENTRY(entry, "cuMemAddressFree", Needs::kContext);
+  FAKE_CUDA_ENTRY(entry, "cuMemAddressFree", Needs::kRelaxed);
   const auto found = entry->reservations.find(base);
   if (found == entry->reservations.end() || found->second != size) return CUDA_ERROR_INVALID_VALUE;
   if (is_mapped_anywhere(*entry, base, size)) return CUDA_ERROR_INVALID_VALUE;

@@ -52,6 +52,11 @@ std::vector<Device*>& context_stack() {
   return stack;
 }
 
+CUstreamCaptureMode& capture_mode() {
+  thread_local CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+  return mode;
+}
+
 State::State() : settings(default_settings()) {
   for (int ordinal = 0; ordinal < kMaxDevices; ++ordinal) devices[static_cast<std::size_t>(ordinal)].ordinal = ordinal;
 }
@@ -78,6 +83,7 @@ void State::reset() {
   null_stream_work = 0;
   initialised_in = 0;  // the numbers of handles and work go on: an old one is never a new one
   context_stack().clear();
+  capture_mode() = CU_STREAM_CAPTURE_MODE_GLOBAL;
 }
 
 /// Lets the time of a call pass. Short times are spun away: a sleep takes tens of microseconds more than it is asked for.
@@ -115,11 +121,10 @@ CUresult Entry::check(const char* name, Needs needs) {
   if (stack.empty()) return CUDA_ERROR_INVALID_CONTEXT;
   device_ = stack.back();
   if (device_->context_references == 0) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
-  if (needs == Needs::kNoCapture && is_any_captured(state_)) {
-    state_.violate(std::string(name) + " while a stream is being captured");
-    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-  }
-  return CUDA_SUCCESS;
+  const bool is_relaxed = capture_mode() == CU_STREAM_CAPTURE_MODE_RELAXED;
+  if (needs == Needs::kContext || (needs == Needs::kRelaxed && is_relaxed) || !is_any_captured(state_)) return CUDA_SUCCESS;
+  state_.violate(std::string(name) + " while a stream is being captured");
+  return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
 }
 
 }  // namespace fake_cuda

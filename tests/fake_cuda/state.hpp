@@ -2,7 +2,8 @@
 //
 // One State a process, behind one mutex, as the real driver has one. An entry point opens with an Entry, which takes the mutex,
 // takes its latency, counts the call, lets an injected fault have its turn, and checks what the entry needs (cuInit, a current
-// context). Thread: any, while holding the mutex; the stack of current contexts is each thread's own.
+// context). Thread: any, while holding the mutex; the stack of current contexts and the capture mode are each
+// thread's own.
 #pragma once
 
 #include <sys/types.h>
@@ -145,8 +146,12 @@ State& state();
 /// The contexts pushed on this thread, the current one last; null entries are "no context".
 std::vector<Device*>& context_stack();
 
-/// What an entry point needs to be called; kNoCapture: a context, and that no stream is being captured.
-enum class Needs : std::uint8_t { kNothing, kInit, kContext, kNoCapture };
+/// What the calling thread's calls may do while a stream is captured.
+CUstreamCaptureMode& capture_mode();
+
+/// What an entry point needs to be called; kRelaxed: a context, and the thread's relaxed mode while a stream is being captured;
+/// kNoCapture: a context, and that none is.
+enum class Needs : std::uint8_t { kNothing, kInit, kContext, kRelaxed, kNoCapture };
 
 /// The opening of every entry point.
 class Entry {
@@ -155,7 +160,7 @@ class Entry {
 
   /// CUDA_SUCCESS: go on. Anything else is to be returned at once.
   [[nodiscard]] CUresult refusal() const noexcept { return refusal_; }
-  /// The device of the current context; only with Needs::kContext.
+  /// The device of the current context; only with Needs::kContext or more.
   [[nodiscard]] Device& device() const noexcept { return *device_; }
   [[nodiscard]] State& operator*() const noexcept { return state_; }
   [[nodiscard]] State* operator->() const noexcept { return &state_; }

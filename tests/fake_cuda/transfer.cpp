@@ -53,8 +53,9 @@ CUresult cuMemGetInfo(std::size_t* available, std::size_t* total) {
 CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t size, CUstream stream) {
   FAKE_CUDA_ENTRY(entry, "cuMemsetD8Async", Needs::kContext);
   const int device = entry.device().ordinal;
-  if (!is_stream(*entry, stream)) return CUDA_ERROR_INVALID_HANDLE;
-  const CUresult bad = check_touch(*entry, device, "cuMemsetD8Async", at, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  CUresult bad = check_stream(*entry, device, stream, "cuMemsetD8Async");
+  if (bad != CUDA_SUCCESS) return bad;
+  bad = check_touch(*entry, device, "cuMemsetD8Async", at, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
   if (bad != CUDA_SUCCESS) return bad;
   return transfer(*entry, device, stream, {{at, size}}, [=] { std::memset(pointer(at), value, size); });
 }
@@ -62,8 +63,9 @@ CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t size, 
 CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, std::size_t size, CUstream stream) {
   FAKE_CUDA_ENTRY(entry, "cuMemcpyDtoDAsync", Needs::kContext);
   const int device = entry.device().ordinal;
-  if (!is_stream(*entry, stream)) return CUDA_ERROR_INVALID_HANDLE;
-  CUresult bad = check_touch(*entry, device, "cuMemcpyDtoDAsync", to, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  CUresult bad = check_stream(*entry, device, stream, "cuMemcpyDtoDAsync");
+  if (bad != CUDA_SUCCESS) return bad;
+  bad = check_touch(*entry, device, "cuMemcpyDtoDAsync", to, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
   if (bad == CUDA_SUCCESS) bad = check_touch(*entry, device, "cuMemcpyDtoDAsync", from, size, CU_MEM_ACCESS_FLAGS_PROT_READ);
   if (bad != CUDA_SUCCESS) return bad;
   return transfer(*entry, device, stream, {{to, size}, {from, size}}, [=] { std::memmove(pointer(to), pointer(from), size); });
@@ -72,7 +74,8 @@ CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, std::size_t size, C
 CUresult cuMemcpyHtoD(CUdeviceptr to, const void* from, std::size_t size) {
   FAKE_CUDA_ENTRY(entry, "cuMemcpyHtoD", Needs::kContext);
   const int device = entry.device().ordinal;
-  const CUresult bad = check_touch(*entry, device, "cuMemcpyHtoD", to, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  CUresult bad = check_stream(*entry, device, nullptr, "cuMemcpyHtoD");
+  if (bad == CUDA_SUCCESS) bad = check_touch(*entry, device, "cuMemcpyHtoD", to, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
   if (bad != CUDA_SUCCESS) return bad;
   wait_for(entry, all_of_queue(entry.device().null_stream));
   std::memcpy(pointer(to), from, size);
@@ -82,7 +85,8 @@ CUresult cuMemcpyHtoD(CUdeviceptr to, const void* from, std::size_t size) {
 CUresult cuMemcpyDtoH(void* to, CUdeviceptr from, std::size_t size) {
   FAKE_CUDA_ENTRY(entry, "cuMemcpyDtoH", Needs::kContext);
   const int device = entry.device().ordinal;
-  const CUresult bad = check_touch(*entry, device, "cuMemcpyDtoH", from, size, CU_MEM_ACCESS_FLAGS_PROT_READ);
+  CUresult bad = check_stream(*entry, device, nullptr, "cuMemcpyDtoH");
+  if (bad == CUDA_SUCCESS) bad = check_touch(*entry, device, "cuMemcpyDtoH", from, size, CU_MEM_ACCESS_FLAGS_PROT_READ);
   if (bad != CUDA_SUCCESS) return bad;
   wait_for(entry, all_of_queue(entry.device().null_stream));
   std::memcpy(to, pointer(from), size);

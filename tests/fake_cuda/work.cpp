@@ -60,6 +60,13 @@ Queue& queue_of(State& state, int device, CUstream stream) {
   return reinterpret_cast<StreamState*>(stream)->queue;
 }
 
+CUresult check_stream(State& state, int device, CUstream stream, const char* call) {
+  if (!is_stream(state, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  if (!queue_of(state, device, stream).capturing) return CUDA_SUCCESS;
+  state.violate(std::string(call) + " of a stream that is being captured");
+  return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+}
+
 WorkIds all_of_queue(const Queue& queue) {
   WorkIds ids = queue.awaited;
   ids.insert(queue.last);

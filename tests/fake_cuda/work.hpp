@@ -17,6 +17,9 @@ namespace fake_cuda {
 [[nodiscard]] bool is_stream(const State& state, CUstream stream);
 [[nodiscard]] Queue& queue_of(State& state, int device, CUstream stream);
 
+/// Whether a call may use the stream: there is such a one, and it is not being captured, or that is a violation.
+[[nodiscard]] CUresult check_stream(State& state, int device, CUstream stream, const char* call);
+
 /// Whether any stream is being captured into a graph.
 [[nodiscard]] bool is_any_captured(const State& state);
 

@@ -33,11 +33,13 @@ class Counts(ctypes.Structure):
             "work",
             "bytes",
             "null_stream_work",
+            "events",
         )
     )
 
     def alive(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name, _ in self._fields_ if name not in ("null_stream_work", "streams")}
+        kept_by_the_driver = ("null_stream_work", "streams", "events")
+        return {name: getattr(self, name) for name, _ in self._fields_ if name not in kept_by_the_driver}
 
 
 def alive(fake: ctypes.CDLL) -> dict[str, int]:

@@ -67,7 +67,10 @@ class LayerGroup:
         self.layers: list[VattnLayer] = []
         self.rows = 0
         self.length = 0
-        options = {"dtype": shape.dtype, "device": shape.device, **limits.options}
+        options: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
+        if shape.device.type == "cpu":
+            options["lookahead_tokens"] = 0  # mapping there costs a token little, and a thread would share its core
+        options |= limits.options
         _check_kind(options["dtype"], options["device"], shape)
         self.cache = vattn.KVCache(
             layers,

@@ -103,7 +103,7 @@ class VATTN_API Driver {
   virtual void synchronize() = 0;
 
   // Fences: when has the work that used some memory finished? Only where traits().has_streams; elsewhere work is done when its
-  // call returns, and these five refuse with std::invalid_argument.
+  // call returns, so that is_capturing() says false, drop() does nothing, and the other four refuse with std::invalid_argument.
 
   /// Marks what was started on `stream` until now.
   [[nodiscard]] virtual FenceHandle record(Stream stream);
