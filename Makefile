@@ -44,7 +44,7 @@ format: $(READY)  ## let the formatters have their way
 stubs: $(READY)  ## write python/vattn/_core.pyi anew from the extension
 	$(BIN)/python -m nanobind.stubgen -m vattn._core -o python/vattn/_core.pyi
 
-bench: $(READY)  ## the figures of the first issue, as JSON lines (docs/performance.md says what each is)
+bench: $(READY)  ## every figure, as JSON lines (docs/performance.md says what each is)
 	scripts/bench $(BIN)
 
 wheel: $(READY)  ## dist/vattn-*.whl

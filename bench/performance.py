@@ -48,6 +48,23 @@ def commit(lines: list[dict[str, Any]]) -> str:
     return "## Committing memory\n\n" + table(rows) + "\nBounds: 0.9 and 0.8.\n"
 
 
+def decode_wait(result: dict[str, Any]) -> str:
+    rows = [("a decode step of 32 requests, 64 tensors", "with the mapper", "lookahead_tokens=0")]
+    arms = [result["mapper"], result["lookahead_0"]]
+    rows.append(("steps that waited, after the first", *(f"{arm['steps_waited_after_the_first']}" for arm in arms)))
+    rows.append(("slowest step after the first", *(f"{arm['step_us_max_after_the_first'] / 1e3:,.1f} ms" for arm in arms)))
+    rows.append(("median step", *(f"{arm['step_us_p50']:.0f} us" for arm in arms)))
+    rows.append(("99th percentile", *(f"{arm['step_us_p99']:.0f} us" for arm in arms)))
+    waits = ", ".join(f"{wait:,.0f}" for wait in arms[1]["wait_ms_of_those"])
+    return (
+        "## Waiting for pages\n\n"
+        + table(rows)
+        + f"\n{result['iterations']:,} iterations of {result['iteration_ms']:g} ms from 512 tokens on, pages of 2 MiB; "
+        "the real CUDA driver code on the fake libcuda, with calls as slow as published for an A100. Without the mapper "
+        f"each page boundary costs all of its calls: {waits} ms. Not measured on a GPU.\n"
+    )
+
+
 def mappings(lines: list[dict[str, Any]]) -> str:
     rows = [("mappings of the kernel", "grown in random order", "after 200 random cycles", "head-major, the most")]
     for each in (line for line in lines if line.get("bench") == "host_mappings"):
@@ -92,7 +109,9 @@ def main() -> None:
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     results = {line["bench"]: line for line in lines if "bench" in line}
     decode = next(line for line in lines if "bounds" in line)
-    parts = [HEAD.format(source=source, **decode["machine"]), step(results), commit(lines), mappings(lines)]
+    parts = [HEAD.format(source=source, **decode["machine"]), step(results), commit(lines)]
+    parts += [decode_wait(results["decode_wait"])] if "decode_wait" in results else []
+    parts.append(mappings(lines))
     parts.append(hugging_face(decode))
     parts += [replay(line) for line in lines if "paged_16" in line]
     print("\n".join(parts), end="")
