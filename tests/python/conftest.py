@@ -8,17 +8,22 @@ real GPU and nothing in its place. The fake is ``VATTN_FAKE_CUDA`` where that is
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import vattn
+
+if TYPE_CHECKING:
+    from fake_cuda import FakeCuda
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ON_GPU = os.environ.get("VATTN_TEST_GPU") == "1"
@@ -52,6 +57,23 @@ def device(request: pytest.FixtureRequest) -> str:
 def skip_without_cuda() -> None:
     if not ON_GPU and FAKE_CUDA is None:
         pytest.skip("no libfake_cuda.so: build it with cmake -S . -B build/dev -G Ninja && ninja -C build/dev")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    """The fake driver library, with nothing failing; every test ends without having broken a rule of the real one."""
+    if FAKE_CUDA is None:
+        pytest.skip("needs the fake driver library")
+    from fake_cuda import FakeCuda
+
+    library = FakeCuda()
+    library.clear_faults()
+    gc.collect()
+    broken = library.violations()
+    yield library
+    library.clear_faults()
+    library.set_latency(None, 0)
+    assert library.violations() == broken, library.last_violation()
 
 
 #: Bytes of a page of :func:`make_cache`.

@@ -89,6 +89,16 @@ def listed(value: Any) -> Any:
     return [value]
 
 
+class Says:
+    """A stream in the form of ``__cuda_stream__``, with anything for a handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, Any]:
+        return 0, self.handle
+
+
 def only(*numbers: int, also: tuple[Any, ...] = ()) -> Legal:
     """These numbers, in any integer form, and these very objects."""
     return lambda number, value: number in numbers if number is not None else any(value is item for item in also)
@@ -120,6 +130,15 @@ def nothing(number: int | None, value: Any) -> bool:
     return False
 
 
+def handles(number: int | None, value: Any) -> bool:
+    """A stream's handle; None: the current one."""
+    return value is None or (number is not None and 0 <= number < 2**63)
+
+
+def given_handles(number: int | None, value: Any) -> bool:
+    return value is not None and handles(number, value)
+
+
 def rows_shaped(number: int | None, value: Any) -> bool | None:
     if number is None and isinstance(value, numpy.ndarray | list | tuple | torch.Tensor):
         return None  # several legal forms among the odd values
@@ -137,6 +156,8 @@ STEP: list[tuple[Wrap, Legal]] = [
     (lambda value: {1: 5, 3: value}, nothing),  # slot 3 was never taken
     (plain, lambda _, value: isinstance(value, dict) and not value),
 ]
+TOKENS_AHEAD = [(plain, lambda number, value: value is None or (number is not None and 0 <= number < 2**63))]
+STREAM = [(plain, handles), (Says, given_handles)]
 COUNT, CHOICE, SIZE = [(plain, sized())], [(plain, only(also=(None,)))], [(plain, pages)]
 CASES: dict[str, list[tuple[Wrap, Legal]]] = {
     **{f"KVCache.__init__.{name}": COUNT for name in ("num_layers", "num_kv_heads", "head_dim", "max_batch_size")},
@@ -150,15 +171,24 @@ CASES: dict[str, list[tuple[Wrap, Legal]]] = {
     "KVCache.__init__.memory_limit": [
         (plain, lambda number, value: value is None or at_least(4 * PAGE)(number, value))
     ],
+    "KVCache.__init__.pool": [(plain, only(also=(None,)))],
+    "KVCache.__init__.lookahead_tokens": TOKENS_AHEAD,
+    "KVCache.__init__.warm_tokens": TOKENS_AHEAD,
     "KVCache.__init__.unmapped_reads": CHOICE,
     "KVCache.__init__.guard_tokens": [(plain, sized(0))],
     "KVCache.__init__.scrub": [(plain, only(also=(True, False)))],
+    "KVCache.alloc.expected_len": [(plain, lambda number, value: value is None or LENGTHS(number, value))],
+    "KVCache.alloc.stream": STREAM,
     "KVCache.alloc_block.n": [(plain, only(1, 2))],
+    "KVCache.alloc_block.stream": STREAM,
     "KVCache.free.slot": SLOT,
+    "KVCache.free.stream": STREAM,
+    "KVCache.record_stream.stream": [(plain, given_handles), (Says, given_handles)],
     "KVCache.step.lengths": STEP,
     "KVCache.fits.lengths": STEP,
     "KVCache.truncate.slot": SLOT,
     "KVCache.truncate.n": [(plain, only(0, 1, 2, 3))],
+    "KVCache.truncate.stream": STREAM,
     "KVCache.seq_len.slot": SLOT,
     "KVCache.committed_len.slot": SLOT,
     "KVCache.view.layer": LAYER,
@@ -186,9 +216,14 @@ CASES: dict[str, list[tuple[Wrap, Legal]]] = {
     "GrowableTensor.__init__.memory_limit": [
         (plain, lambda number, value: value is None or at_least(PAGE)(number, value))
     ],
+    "GrowableTensor.__init__.pool": [(plain, only(also=(None,)))],
     "GrowableTensor.append.rows": [(plain, nothing), (listed, nothing)],
     "GrowableTensor.resize.n": [(plain, only(*(number for number in INTEGERS if 0 <= number <= MOST_ROWS)))],
     "GrowableTensor.memory_limit.value": [(plain, at_least(PAGE))],
+    "PagePool.__init__.device": [(plain, nothing)],
+    "PagePool.__init__.memory_limit": [(plain, lambda number, value: value is None or at_least(PAGE)(number, value))],
+    "PagePool.__init__.page_size": SIZE,
+    "PagePool.memory_limit.value": [(plain, at_least(PAGE))],
 }
 #: What a message may name instead: the other half of a product or of a rule of two.
 OTHER_NAMES = {
@@ -202,7 +237,7 @@ OTHER_NAMES = {
 
 def parameters() -> Iterator[str]:
     """Every parameter of every public method, and of the constructors and setters."""
-    for owner in (vattn.KVCache, vattn.GrowableTensor):
+    for owner in (vattn.KVCache, vattn.GrowableTensor, vattn.PagePool):
         for name, member in vars(owner).items():
             if name.startswith("_") and name != "__init__":
                 continue
@@ -214,24 +249,34 @@ def parameters() -> Iterator[str]:
 def arguments(owner: str, method: str, device: str) -> dict[str, Any]:
     """Good ones."""
     if method == "__init__":
-        common = {"dtype": "float16", "device": device, "page_size": PAGE, "memory_limit": 16 * PAGE}
+        budget = {"device": device, "page_size": PAGE, "memory_limit": 16 * PAGE}
+        if owner == "PagePool":
+            return budget
+        common = {"dtype": "float16", **budget}
         if owner == "GrowableTensor":
             return {"row_shape": 4, "max_rows": MOST_ROWS, **common}
         shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "max_batch_size": 4, "max_seq_len": MOST_TOKENS}
-        return {**shape, "layout": "NHD", **common}
+        return {**shape, "layout": "NHD", "lookahead_tokens": 0, **common}
     new = torch.ones(1, 2, 8, dtype=torch.float16, device=device)
     every: dict[str, Any] = {"lengths": {1: 5}, "slot": 1, "slots": [1], "positions": [0], "layer": 0, "length": 3}
-    every |= {"n": 1, "k": new, "v": new, "rows": torch.ones(1, 4, dtype=torch.float16, device=device)}
+    every |= {
+        "n": 1,
+        "stream": 7,
+        "expected_len": 3,
+        "k": new,
+        "v": new,
+        "rows": torch.ones(1, 4, dtype=torch.float16, device=device),
+    }
     names = [case.split(".")[2] for case in CASES if case.startswith(f"{owner}.{method}.")]
     return {name: every.get(name) for name in names}
 
 
 def make(owner: str, device: str) -> Any:
-    """A cache with slot 1 in use, slots 0 and 2 freed and slot 3 never taken; or a tensor of three rows."""
+    """A cache with slot 1 in use, slots 0 and 2 freed and slot 3 never taken; or a tensor of three rows; or a pool."""
     thing: Any = getattr(vattn, owner)(**arguments(owner, "__init__", device))
     if owner == "GrowableTensor":
         thing.resize(3)
-    else:
+    elif owner == "KVCache":
         thing.alloc_block(3)
         thing.step({0: 2, 1: 3, 2: 4})
         thing.free(0)
@@ -242,6 +287,8 @@ def make(owner: str, device: str) -> Any:
 def state(thing: Any) -> Any:
     if isinstance(thing, vattn.GrowableTensor):
         return len(thing), thing.nbytes_mapped, thing.memory_limit, thing.tensor.shape
+    if isinstance(thing, vattn.PagePool):
+        return thing.stats()
     return dataclasses.asdict(thing.stats()), [(slot, thing.seq_len(slot)) for slot in thing.slots()]
 
 
@@ -332,7 +379,8 @@ def test_bad_value_is_an_error_that_names_the_parameter(found: dict[int, list[st
 )
 def test_product_that_overflows_is_an_error_that_names_a_factor(owner: str, size: int, device: str) -> None:
     good = arguments(owner, "__init__", device)
-    factors = [name for name, value in good.items() if isinstance(value, int) and "_limit" not in name != "page_size"]
+    others = ("memory_limit", "page_size", "lookahead_tokens")
+    factors = [name for name, value in good.items() if isinstance(value, int) and name not in others]
     for together in itertools.combinations(factors, 3 if size < 2**32 else 2):
         with pytest.raises(TYPED) as caught:
             getattr(vattn, owner)(**{**good, **dict.fromkeys(together, size)})
@@ -344,7 +392,7 @@ def test_closed_one_refuses_every_method_that_takes_arguments(device: str) -> No
     for owner, method in sorted({tuple(case.split(".")[:2]) for case in CASES}):
         thing = make(owner, device)
         thing.close()
-        call: Callable[[], object] = functools.partial(len, thing)
+        call: Callable[[], object] = thing.stats if owner == "PagePool" else functools.partial(len, thing)
         if isinstance(vars(type(thing)).get(method), property):
             call = functools.partial(setattr, thing, method, "1GiB")
         elif method != "__init__":

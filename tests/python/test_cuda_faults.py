@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import vattn
 from conftest import FAKE_CUDA, ON_GPU, TOKENS, make_cache
+from fake_cuda import FakeCuda
 
 pytestmark = pytest.mark.skipif(ON_GPU or FAKE_CUDA is None, reason="needs the fake driver library")
 
@@ -18,71 +18,25 @@ INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN = 1, 2, 700, 999
 PAGE = 2 << 20
 
 
-class Counts(ctypes.Structure):
-    """``fake_cuda_counts``: what is alive."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            "handles",
-            "handle_references",
-            "mappings",
-            "reservations",
-            "context_references",
-            "streams",
-            "work",
-            "bytes",
-            "null_stream_work",
-            "events",
-        )
-    )
-
-    def alive(self) -> dict[str, int]:
-        kept_by_the_driver = ("null_stream_work", "streams", "events")
-        return {name: getattr(self, name) for name, _ in self._fields_ if name not in kept_by_the_driver}
-
-
-def alive(fake: ctypes.CDLL) -> dict[str, int]:
-    counts = Counts()
-    fake.fake_cuda_count(ctypes.byref(counts))
-    return counts.alive()
-
-
-@pytest.fixture
-def fake() -> Iterator[ctypes.CDLL]:
-    library = ctypes.CDLL(str(FAKE_CUDA))
-    library.fake_cuda_fail.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
-    library.fake_cuda_violations.restype = ctypes.c_uint64
-    library.fake_cuda_faults_fired.restype = ctypes.c_uint64
-    library.fake_cuda_kernel_begin.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
-    library.fake_cuda_kernel_begin.restype = ctypes.c_uint64
-    library.fake_cuda_kernel_end.argtypes = [ctypes.c_uint64]
-    library.fake_cuda_clear_faults()
-    gc.collect()
-    yield library
-    library.fake_cuda_clear_faults()
-    assert library.fake_cuda_violations() == 0
-
-
-def test_guard_is_zero_also_where_truncate_could_not_unmap_the_tail(fake: ctypes.CDLL) -> None:
+def test_guard_is_zero_also_where_truncate_could_not_unmap_the_tail(fake: FakeCuda) -> None:
     shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": PAGE // 8, "max_batch_size": 1, "max_seq_len": 64}
     # Four tokens a page.
     with vattn.KVCache(**shape, dtype=torch.float16, device="cuda", guard_tokens=2, memory_limit=64 * PAGE) as cache:
         slot = cache.alloc()
         cache.step({slot: 30})
         cache.view(0, slot)[0].fill_(float("nan"))
-        fake.fake_cuda_fail(b"cuMemUnmap", 1, ILLEGAL_ADDRESS, 1)
+        fake.fail("cuMemUnmap", 1, ILLEGAL_ADDRESS, sticky=True)
         cache.truncate(slot, 4)
-        fake.fake_cuda_clear_faults()
+        fake.clear_faults()
         cache.step({slot: 9})
         guard = cache.layer(0)[0][slot, 9:11]
         assert not guard.isnan().any()
 
 
-def test_refused_driver_call_is_a_driver_error_with_call_code_and_name(fake: ctypes.CDLL) -> None:
+def test_refused_driver_call_is_a_driver_error_with_call_code_and_name(fake: FakeCuda) -> None:
     with vattn.KVCache(1, 1, 64, max_batch_size=1, max_seq_len=64, dtype=torch.float16, device="cuda") as cache:
         slot = cache.alloc()
-        fake.fake_cuda_fail(b"cuMemMap", 1, 1, 0)
+        fake.fail("cuMemMap", 1, 1)
         with pytest.raises(vattn.DriverError) as caught:
             cache.step({slot: 8})
         assert (caught.value.call, caught.value.code, caught.value.name) == ("cuMemMap", 1, "CUDA_ERROR_INVALID_VALUE")
@@ -111,15 +65,15 @@ def prepared(**more: object) -> vattn.KVCache:
 @pytest.mark.parametrize("code", [INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN])
 @pytest.mark.parametrize("more", [{}, {"guard_tokens": 2}, {"scrub": True}, {"layout": "HND"}], ids=str)
 def test_step_with_any_one_call_failing_changes_nothing_and_the_retry_succeeds(
-    fake: ctypes.CDLL, code: int, more: dict[str, object]
+    fake: FakeCuda, code: int, more: dict[str, object]
 ) -> None:
-    untouched = alive(fake)
+    untouched = fake.alive()
     reached = 0
     for k in range(1, 500):
         with prepared(**more) as cache:
-            before, handles = seen(cache), alive(fake)
-            fired = fake.fake_cuda_faults_fired()
-            fake.fake_cuda_fail(None, k, code, 0)
+            before, handles = seen(cache), fake.alive()
+            fired = fake.faults_fired()
+            fake.fail(None, k, code)
             failed = True
             try:
                 cache.step([2 * TOKENS, 3 * TOKENS + 1, 0, 0])
@@ -129,18 +83,18 @@ def test_step_with_any_one_call_failing_changes_nothing_and_the_retry_succeeds(
             except vattn.DriverError as error:
                 assert error.code == code  # noqa: PT017
                 assert error.call.startswith("cu")  # noqa: PT017
-            over = fake.fake_cuda_faults_fired() == fired
-            fake.fake_cuda_clear_faults()
+            over = fake.faults_fired() == fired
+            fake.clear_faults()
             if failed:
                 assert seen(cache) == before, f"call {k}"
-                assert alive(fake) == handles, f"call {k}"
+                assert fake.alive() == handles, f"call {k}"
                 cache.step([2 * TOKENS, 3 * TOKENS + 1, 0, 0])
             assert (cache.seq_len(0), cache.seq_len(1)) == (2 * TOKENS, 3 * TOKENS + 1)
             assert bool((cache.view(0, 0)[0][:5] == 1).all())
             assert bool((cache.view(0, 1)[0][:9] == 2).all())
             reached = k
         del cache
-        assert alive(fake) == untouched, f"call {k}: close returns everything"
+        assert fake.alive() == untouched, f"call {k}: close returns everything"
         if over:
             break
     assert reached > 20, "the growth takes many calls"
@@ -158,18 +112,18 @@ OPERATIONS: dict[str, Callable[[vattn.KVCache], object]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("guard", [0, 2])
 def test_driver_that_fails_for_ever_never_ends_the_process_nor_breaks_the_counts(
-    fake: ctypes.CDLL, name: str, guard: int
+    fake: FakeCuda, name: str, guard: int
 ) -> None:
-    untouched = alive(fake)
+    untouched = fake.alive()
     for k in range(1, 40):
         cache = prepared(guard_tokens=guard)
-        fake.fake_cuda_fail(None, k, UNKNOWN, 1)
+        fake.fail(None, k, UNKNOWN, sticky=True)
         try:
             OPERATIONS[name](cache)
             failed = False
         except vattn.Error:
             failed = True
-        fake.fake_cuda_clear_faults()
+        fake.clear_faults()
         now = cache.stats()
         assert now.created_bytes == now.mapped_bytes + now.pooled_bytes + now.retired_bytes
         if failed:
@@ -178,42 +132,42 @@ def test_driver_that_fails_for_ever_never_ends_the_process_nor_breaks_the_counts
             OPERATIONS[name](cache)
         cache.close()
         del cache
-        assert alive(fake) == untouched, f"call {k}"
+        assert fake.alive() == untouched, f"call {k}"
         if not failed and name in ("step", "alloc"):
             break
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 13, 21, 34])
-def test_close_under_failure_is_an_error_that_counts_what_is_left(fake: ctypes.CDLL, k: int) -> None:
+def test_close_under_failure_is_an_error_that_counts_what_is_left(fake: FakeCuda, k: int) -> None:
     cache = prepared()
-    fake.fake_cuda_fail(None, k, UNKNOWN, 1)
+    fake.fail(None, k, UNKNOWN, sticky=True)
     try:
         cache.close()
     except vattn.Error as error:
         assert "would not take back" in str(error)  # noqa: PT017
-    fake.fake_cuda_clear_faults()
+    fake.clear_faults()
     assert cache.is_closed
     cache.close()
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
-def test_cache_that_cannot_be_made_leaves_nothing_behind(fake: ctypes.CDLL, k: int) -> None:
-    untouched = alive(fake)
-    fake.fake_cuda_fail(None, k, UNKNOWN, 0)
+def test_cache_that_cannot_be_made_leaves_nothing_behind(fake: FakeCuda, k: int) -> None:
+    untouched = fake.alive()
+    fake.fail(None, k, UNKNOWN)
     try:
         prepared().close()
     except vattn.Error as error:
         assert isinstance(error, vattn.DriverError | vattn.OutOfMemoryError)  # noqa: PT017
-    fake.fake_cuda_clear_faults()
+    fake.clear_faults()
     gc.collect()
-    assert alive(fake) == untouched
+    assert fake.alive() == untouched
 
 
 @pytest.mark.parametrize("name", ["free", "truncate", "memory_limit", "close", "drop"])
-def test_running_kernel_is_waited_for_before_its_memory_is_taken(fake: ctypes.CDLL, name: str) -> None:
+def test_running_kernel_is_waited_for_before_its_memory_is_taken(fake: FakeCuda, name: str) -> None:
     cache = prepared()
     k, _ = cache.view(0, 1)
-    kernel = fake.fake_cuda_kernel_begin(k.data_ptr(), k.numel() * 4)
+    kernel = fake.kernel_begin(k.data_ptr(), k.numel() * 4)
     assert kernel != 0
     del k
     if name == "close":
@@ -225,25 +179,25 @@ def test_running_kernel_is_waited_for_before_its_memory_is_taken(fake: ctypes.CD
         if name == "memory_limit":
             cache.free(1)
         OPERATIONS[name](cache)
-    assert fake.fake_cuda_kernel_end(kernel) == 0, "it had ended"
-    assert fake.fake_cuda_violations() == 0
+    assert not fake.kernel_end(kernel), "it had ended"
+    assert fake.violations() == 0
 
 
-def test_step_does_not_wait_for_running_kernels(fake: ctypes.CDLL) -> None:
+def test_step_does_not_wait_for_running_kernels(fake: FakeCuda) -> None:
     with prepared() as cache:
         k, _ = cache.view(0, 1)
-        kernel = fake.fake_cuda_kernel_begin(k.data_ptr(), k.numel() * 4)
+        kernel = fake.kernel_begin(k.data_ptr(), k.numel() * 4)
         cache.step({0: 9, 1: 17})
-        assert fake.fake_cuda_kernel_end(kernel) == 1, "it was still running"
+        assert fake.kernel_end(kernel), "it was still running"
 
 
-def test_device_without_memory_is_out_of_memory(fake: ctypes.CDLL) -> None:
+def test_device_without_memory_is_out_of_memory(fake: FakeCuda) -> None:
     with prepared() as cache:
         before = seen(cache)
-        fake.fake_cuda_fail(b"cuMemCreate", 3, OUT_OF_MEMORY, 1)
+        fake.fail("cuMemCreate", 3, OUT_OF_MEMORY, sticky=True)
         with pytest.raises(vattn.OutOfMemoryError) as caught:
             cache.step([0, 12 * TOKENS, 0, 0])
         assert caught.value.needed_bytes > 0
-        fake.fake_cuda_clear_faults()
+        fake.clear_faults()
         assert seen(cache) == before
         cache.step([0, 12 * TOKENS, 0, 0])

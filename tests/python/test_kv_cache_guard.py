@@ -144,8 +144,10 @@ TOUCHES = [
     ("fault", "float(k[slot, 1, 0, 0])", True),
     ("fault", "float(k[slot + 1, 0, 0, 0])", True),
     ("fault", "k[slot, 63].fill_(1)", True),
-    ("fault", "cache.step({slot: 9}); cache.truncate(slot, 1); float(k[slot, 8, 0, 0])", True),
-    ("fault", "cache.free(slot); float(k[slot, 0, 0, 0])", True),
+    ("fault", "cache.step({slot: 9}); cache.truncate(slot, 1); float(k[slot, 8, 0, 0])", False),
+    ("fault", "cache.free(slot); float(k[slot, 0, 0, 0])", False),
+    ("fault", "cache.step({slot: 9}); cache.truncate(slot, 1); squeeze(cache); float(k[slot, 8, 0, 0])", True),
+    ("fault", "cache.step({slot: 9}); cache.free(slot); squeeze(cache); float(k[slot, 8, 0, 0])", True),
     ("fault", "cache.step({slot: 64}); k[slot, 63].fill_(1); float(k[slot, 63, 0, 0])", False),
     ("zeros", "float(k[slot, 1, 0, 0])", False),
     ("zeros", "k[slot, 63].fill_(1)", True),
@@ -160,13 +162,17 @@ def exits() -> list[int]:
     done = run_child(
         f"""
         import os, resource, torch, vattn
+
+        def squeeze(cache):
+            cache.memory_limit = 2 * cache.page_size  # of K and of V a page: what is not needed goes
+
         for reads, touch, _ in {TOUCHES!r}:
             child = os.fork()
             if child == 0:
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 os.close(2)
                 cache = vattn.KVCache(1, 1, 16384, max_batch_size=2, max_seq_len=64, dtype=torch.float32, device="cpu",
-                                      unmapped_reads=reads)
+                                      lookahead_tokens=0, unmapped_reads=reads)
                 slot = cache.alloc()
                 cache.step({{slot: 1}})
                 k, _ = cache.layer(0)

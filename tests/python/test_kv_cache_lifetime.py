@@ -35,6 +35,8 @@ CALLS: dict[str, Callable[[vattn.KVCache], object]] = {
     "memory_limit": lambda cache: cache.memory_limit,
     "set memory_limit": lambda cache: setattr(cache, "memory_limit", "1GiB"),
     "stats": lambda cache: cache.stats(),
+    "record_stream": lambda cache: cache.record_stream(0),
+    "settle": lambda cache: cache.settle(),
 }
 
 

@@ -25,7 +25,19 @@ COMMON = {
     "waste",
     "preemptions",
 }
-VATTN = COMMON | {"reclaimable_bytes", "driver_calls", "step_us_p50", "step_us_p99", "verified_bytes"}
+VATTN = COMMON | {
+    "reclaimable_bytes",
+    "lookahead_tokens",
+    "prompts",
+    "prompts_without_create",
+    "prompts_without_driver_call",
+    "steps",
+    "steps_waited",
+    "driver_calls",
+    "step_us_p50",
+    "step_us_p99",
+    "verified_bytes",
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +81,67 @@ def test_json_has_exactly_the_agreed_keys(trace: Path, tmp_path: Path) -> None:
         assert 0 < figures["mean_concurrency"] <= figures["peak_concurrency"] <= 32
         assert all(isinstance(figures[name], int) for name in ("used_bytes", "mapped_bytes", "preemptions"))
     assert found["vattn"]["driver_calls"] > 0
+    assert 0 < found["vattn"]["steps_waited"] < found["vattn"]["steps"]
     assert 0 < found["vattn"]["step_us_p50"] <= found["vattn"]["step_us_p99"]
     assert found["vattn"]["verified_bytes"] == 0
 
 
-def test_the_same_replay_gives_the_same_figures(trace: Path, tmp_path: Path) -> None:
-    def without_times(found: dict[str, Any]) -> dict[str, Any]:
-        del found["seconds"], found["vattn"]["step_us_p50"], found["vattn"]["step_us_p99"]
-        return found
+def without_times(found: dict[str, Any]) -> dict[str, Any]:
+    del found["seconds"], found["vattn"]["step_us_p50"], found["vattn"]["step_us_p99"]
+    return found
 
-    options = f"{SMALL} --device meta --memory 4MiB --speed 10"
+
+def test_the_same_replay_gives_the_same_figures(trace: Path, tmp_path: Path) -> None:
+    options = f"{SMALL} --device meta --memory 4MiB --speed 10 --lookahead 0 --warm-up 20"
     first, second = (without_times(replay(trace, options, tmp_path)) for _ in range(2))
     assert first == second
+
+
+def test_looking_ahead_changes_who_waits_and_not_what_fits(trace: Path, tmp_path: Path) -> None:
+    options = f"{SMALL} --device meta --speed 10 --warm-up 0"
+    for memory in ("4MiB", "256MiB"):
+        ahead, not_ahead = (
+            replay(trace, f"{options} --memory {memory} --lookahead {tokens}", tmp_path) for tokens in (300, 0)
+        )
+        assert (ahead["vattn"]["lookahead_tokens"], not_ahead["vattn"]["lookahead_tokens"]) == (300, 0)
+        for name in COMMON:
+            assert ahead["vattn"][name] == not_ahead["vattn"][name], name
+    # In the larger of the two, memory is never short: once a prompt has its pages, the mapper is there first.
+    figures = ahead["vattn"]
+    waited = figures["prompts"] * (1 - figures["prompts_without_driver_call"])
+    assert figures["steps_waited"] == round(waited)
+    assert not_ahead["vattn"]["steps_waited"] > figures["steps_waited"]
+    assert figures["reclaimable_bytes"] > not_ahead["vattn"]["reclaimable_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ("", 128),  # tokens a page
+        ("--page-size 4KiB", 64),
+        ("--lookahead 7", 7),
+        ("--lookahead 0", 0),
+        ("--lookahead 999999", 8192),  # no more than the longest request
+        ("--device cpu --memory 8MiB", 128),
+        ("--device cpu --memory 8MiB --lookahead 0", 0),
+    ],
+)
+def test_lookahead_is_the_librarys_unless_told(trace: Path, options: str, tokens: int, tmp_path: Path) -> None:
+    base = SMALL.replace("--head-dim 32", "--head-dim 64")
+    found = replay(trace, f"{base} {options} --requests 5", tmp_path)
+    assert found["vattn"]["lookahead_tokens"] == tokens
+
+
+def test_prompts_after_the_warm_up_are_counted(trace: Path, tmp_path: Path) -> None:
+    options = f"{SMALL} --device meta --memory 4MiB --speed 10 --lookahead 0"
+    every = replay(trace, f"{options} --warm-up 0", tmp_path)["vattn"]
+    assert every["prompts"] == 200 + every["preemptions"]
+    later = replay(trace, f"{options} --warm-up 150", tmp_path)["vattn"]
+    assert later["prompts"] == every["prompts"] - 150
+    assert later["prompts_without_create"] > every["prompts_without_create"]
+    assert 1 >= later["prompts_without_create"] >= later["prompts_without_driver_call"] > 0
+    none = replay(trace, options, tmp_path)["vattn"]  # fewer than the 500 it leaves out unless told
+    assert (none["prompts"], none["prompts_without_create"], none["prompts_without_driver_call"]) == (0, None, None)
 
 
 def test_waste_lies_between_paging_and_a_static_cache(trace: Path, tmp_path: Path) -> None:
@@ -130,6 +191,10 @@ def test_the_table_names_every_figure_and_is_plain_when_redirected(
         "concurrent requests, mean",
         "waste",
         "preemptions",
+        "prompts, the first 500 left out",
+        "of them, no page created",
+        "of them, no driver call",
+        "steps that waited for pages",
         "driver calls",
         "step, median",
     ):
@@ -165,6 +230,9 @@ def test_a_malformed_trace_names_the_line_and_ends_with_2(tmp_path: Path, capsys
         ("--max-batch 0", "at least 1"),
         ("--max-batch x", "not an integer: 'x'"),
         ("--requests -1", "at least 1"),
+        ("--lookahead -1", "at least 0"),
+        ("--lookahead x", "not an integer: 'x'"),
+        ("--warm-up -1", "at least 0"),
         ("--speed 0", "positive number"),
         ("--speed nan", "positive number"),
         ("--speed inf", "positive number"),

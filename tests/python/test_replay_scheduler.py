@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -196,7 +197,8 @@ SHAPES = {
 
 @pytest.mark.parametrize("pages", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_real_cache_gives_the_figures_of_the_plain_arithmetic(pages: PageMath, seed: int) -> None:
+@pytest.mark.parametrize("lookahead", [0, 100])
+def test_a_real_cache_gives_the_figures_of_the_plain_arithmetic(pages: PageMath, seed: int, lookahead: int) -> None:
     rng = random.Random(seed)
     max_batch, max_seq_len = rng.choice([4, 16, 40]), 1500
     budget = pages.page_group_bytes + 6 * pages.mapped_bytes(500) + rng.randrange(pages.page_size)
@@ -219,6 +221,7 @@ def test_a_real_cache_gives_the_figures_of_the_plain_arithmetic(pages: PageMath,
         layout=pages.layout,
         page_size=pages.page_size,
         memory_limit=budget,
+        lookahead_tokens=lookahead,
     ) as cache:
         memory = VattnMemory(cache)
         diary = Diary(memory)
@@ -226,11 +229,66 @@ def test_a_real_cache_gives_the_figures_of_the_plain_arithmetic(pages: PageMath,
         assert len(cache) == 0
         assert len(memory.step_ns) > 0
     expected = Diary(PageMemory(pages, budget, max_batch, max_seq_len))
-    assert figures == simulate(work, expected)
+    # What is reclaimable is mapped beside all this, and changes none of it.
+    assert replace(figures, reclaimable_bytes=0) == simulate(work, expected)
+    assert figures.reclaimable_bytes > 0
     assert diary.events == expected.events
     assert figures.finished + figures.refused == len(requests)
     assert figures.refused >= 1
     assert figures.mapped_bytes <= budget
+
+
+def open_meta(lookahead: int = 0, **more: int) -> vattn.KVCache:
+    """Four tokens a page, and a page group of two."""
+    shape = {"max_batch_size": 4, "max_seq_len": 64, "page_size": 1 << 20, **more}
+    return vattn.KVCache(1, 1, 1 << 17, dtype="float16", device="meta", lookahead_tokens=lookahead, **shape)
+
+
+def test_an_iteration_gives_the_mapper_its_time() -> None:
+    with open_meta(lookahead=10) as cache:
+        memory = VattnMemory(cache)
+        slot = memory.admit(0, 5)
+        used, mapped, reclaimable = memory.usage()
+        assert cache.committed_len(slot) == 16
+        # 5 tokens need two pages of K and of V; two more of each are ahead, and one of each warm in another slot.
+        assert (used, mapped, reclaimable) == (5 << 19, 4 << 20, 6 << 20)
+        waited = cache.stats().steps_waited
+        for length in range(6, 17):
+            assert memory.grow(array("q", [length, 0, 0, 0]), [slot])
+            memory.usage()
+        assert cache.stats().steps_waited == waited
+
+
+def test_admission_takes_the_warm_slot_that_fits_best() -> None:
+    with open_meta(memory_limit=40 << 20) as cache:
+        memory = VattnMemory(cache)
+        slots = [memory.admit(0, tokens) for tokens in (4, 32, 16, 20)]
+        for slot in slots:
+            memory.release(slot)
+        calls = cache.stats().driver_calls
+        assert memory.admit(0, 13) == slots[2]
+        assert memory.admit(0, 17) == slots[3]
+        assert memory.admit(0, 1) == slots[0]
+        assert cache.stats().driver_calls == calls
+
+
+@pytest.mark.parametrize(("warm_up", "counted"), [(0, (5, 3, 1)), (2, (3, 3, 1)), (5, (0, 0, 0)), (6, (0, 0, 0))])
+def test_admissions_are_counted_after_the_warm_up(warm_up: int, counted: tuple[int, int, int]) -> None:
+    with open_meta(memory_limit=16 << 20) as cache:
+        memory = VattnMemory(cache, warm_up=warm_up)
+        first, second = memory.admit(0, 16), memory.admit(1, 16)  # all the memory, every page created
+        assert memory.admit(2, 1) == -1
+        memory.release(first)
+        third = memory.admit(3, 12)  # finds it mapped
+        memory.release(second)
+        fourth = memory.admit(4, 20)  # takes back what the third left of the first
+        memory.release(third)
+        memory.release(fourth)
+        memory.admit(5, 32)  # needs what both left
+        found = memory.admissions()
+        assert (found.prompts, found.no_create, found.no_driver_call) == counted
+        assert found.no_driver_call_share == (counted[2] / counted[0] if counted[0] else None)
+        assert found.no_create_share == (counted[1] / counted[0] if counted[0] else None)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -21,7 +21,7 @@ from vattn.tools.options import CheckError, Parser, UsageError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = _parser()
+    parser = make_parser()
     try:
         args = parser.parse_args(argv)
         if args.version or args.cmake_dir:
@@ -91,7 +91,8 @@ def _cmake_dir() -> str:
     )
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of all commands."""
     parser = Parser(prog="vattn", description="Growable contiguous tensors for LLM KV caches.")
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("--cmake-dir", action="store_true", help="print the folder that holds vattnConfig.cmake")
@@ -146,6 +147,13 @@ def _add_replay(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--iteration-ms", type=options.positive_number, default=25.0, metavar="MS", help=help_iteration)
     help_speed = "arrivals X times as fast (default: 1)"
     parser.add_argument("--speed", type=options.positive_number, default=1.0, metavar="X", help=help_speed)
+    help_lookahead = (
+        "tokens the mapper thread keeps mapped ahead of every request; 0: no such thread (default: the library's on a "
+        "device with memory, a page or 64, whichever is more; on meta too)"
+    )
+    parser.add_argument("--lookahead", type=options.non_negative, metavar="TOKENS", help=help_lookahead)
+    help_warm_up = "first prompts left out of the shares that found memory (default: 500)"
+    parser.add_argument("--warm-up", type=options.non_negative, default=500, metavar="N", help=help_warm_up)
     help_verify = "write a pattern into every token and check it before the slot is freed (cpu and cuda; needs torch)"
     parser.add_argument("--verify", action="store_true", help=help_verify)
     parser.add_argument("--json", metavar="FILE", help="write the figures there too (-: to standard output, alone)")

@@ -39,6 +39,8 @@ _REPLAY = {
     "max_batch": 256,
     "iteration_ms": 25.0,
     "speed": 1.0,
+    "lookahead": None,
+    "warm_up": 500,
     "verify": False,
 }
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 from vattn.sizes import format_size, parse_size
 from vattn.tools.geometry import Geometry
 from vattn.tools.options import UsageError, geometry_of
-from vattn.tools.pages import PageMath, paged_bytes
+from vattn.tools.pages import PUBLISHED_CALL_US, PageMath, paged_bytes
 from vattn.tools.table import print_table
 
 DEFAULT_PAGE_SIZE = 2 * 1024**2
+OTHER_PAGE_SIZES = tuple(mib * 1024**2 for mib in (2, 4, 8, 16, 32, 64))
+GROWN_TOKENS = 1000  # what the calls of a page size are counted for
 DEFAULT_TOKENS = (1000, 4000, 16_000)
 
 
@@ -76,6 +79,8 @@ def make_plan(
         "mean_waste_bytes": mean,
         "requests": [_request(pages, n, memory, max_seq_len) for n in lengths],
         "choices": _choices(pages, max_seq_len) if layout == "NHD" else [],
+        "call_us": PUBLISHED_CALL_US,
+        "page_sizes": _page_sizes(pages, lengths, memory, max_seq_len),
     }
 
 
@@ -109,6 +114,33 @@ def _choices(pages: PageMath, max_seq_len: int) -> list[dict[str, Any]]:
                 "page_group_bytes": other.page_group_bytes,
                 "worst_waste_bytes": worst,
                 "mean_waste_bytes": mean,
+            }
+        )
+    return found
+
+
+def _page_sizes(pages: PageMath, lengths: list[int], memory: int, max_seq_len: int) -> list[dict[str, Any]]:
+    """What larger pages cost (memory that holds nothing) and save (driver calls).
+
+    Calls are those of one slot that grows by 1,000 tokens one at a time, nothing being in the pool: each page is then a
+    create, a map and a set_access of its own. A prompt makes one set_access a row for all its pages, and a page out of
+    the pool needs no create, so real ones are fewer.
+    """
+    found = []
+    for size in sorted({pages.page_size, *OTHER_PAGE_SIZES}):
+        other = replace(pages, page_size=size)
+        worst, mean = other.waste_over(max_seq_len)
+        grown = other.pages_grown(GROWN_TOKENS)
+        found.append(
+            {
+                "page_size": size,
+                "tokens_per_page": other.tokens_per_page,
+                "page_group_bytes": other.page_group_bytes,
+                "worst_waste_bytes": worst,
+                "mean_waste_bytes": mean,
+                "requests": [{"tokens": n, "fit": memory // other.mapped_bytes(n)} for n in lengths],
+                "calls_per_1000_tokens": dict.fromkeys(PUBLISHED_CALL_US, grown),
+                "call_us_per_1000_tokens": grown * sum(PUBLISHED_CALL_US.values()),
             }
         )
     return found
@@ -159,3 +191,30 @@ def _print(plan: dict[str, Any]) -> None:
         print_table(
             "other --layers-per-tensor", ["layers", "tokens a page", "page group", "worst waste", "mean waste"], rows
         )
+    print()
+    _print_page_sizes(plan)
+
+
+def _print_page_sizes(plan: dict[str, Any]) -> None:
+    fits = [f"fit, {request['tokens']:,} tokens" for request in plan["requests"]]
+    rows = [
+        [
+            format_size(size["page_size"]),
+            f"{size['tokens_per_page']:,}",
+            format_size(size["page_group_bytes"]),
+            format_size(size["mean_waste_bytes"]),
+            *(f"{request['fit']:,}" for request in size["requests"]),
+            f"{size['calls_per_1000_tokens']['create']:,.1f}",
+            f"{size['call_us_per_1000_tokens'] / 1000:,.2f} ms",
+        ]
+        for size in plan["page_sizes"]
+    ]
+    columns = ["page", "tokens a page", "page group", "mean waste", *fits, "calls of each kind", "time of calls"]
+    print_table("other --page-size", columns, rows)
+    costs = ", ".join(f"{name} {us:g} us" for name, us in plan["call_us"].items())
+    print(
+        f"calls of each kind: create, map and set_access, while a request grows by {GROWN_TOKENS:,} tokens one at a "
+        "time; reused pages\nneed no create. "
+        f"Their time by figures published for an A100, not measured here: {costs},\n"
+        "about the same whatever the page's size."
+    )

@@ -16,13 +16,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vattn.errors import Error
 from vattn.sizes import format_size
 from vattn.tools.geometry import Geometry
 from vattn.tools.memories import PagedMemory, StaticMemory
 from vattn.tools.options import CheckError, UsageError, geometry_of, os_error
+from vattn.tools.pages import PageMath
 from vattn.tools.progress import progress
 from vattn.tools.scheduler import Figures, Memory, Workload, simulate
 from vattn.tools.table import print_table
@@ -31,9 +32,11 @@ from vattn.tools.verify import VerificationError
 
 if TYPE_CHECKING:
     import vattn
+    from vattn.tools.vattn_memory import Admissions
 
 #: The budget on meta, where no memory says how much there is.
 DEFAULT_META_MEMORY = 40 * 1024**3
+DEFAULT_META_PAGE = 2 * 1024**2  # the library's
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Report:
     vattn: Figures
     paged_16: Figures
     static: Figures
+    lookahead_tokens: int
+    warm_up: int
+    admissions: Admissions
+    steps: int
+    steps_waited: int
     driver_calls: int
     step_us_p50: float
     step_us_p99: float
@@ -61,6 +69,12 @@ class Report:
             "vattn": _common(self.vattn)
             | {
                 "reclaimable_bytes": self.vattn.reclaimable_bytes,
+                "lookahead_tokens": self.lookahead_tokens,
+                "prompts": self.admissions.prompts,
+                "prompts_without_create": self.admissions.no_create_share,
+                "prompts_without_driver_call": self.admissions.no_driver_call_share,
+                "steps": self.steps,
+                "steps_waited": self.steps_waited,
                 "driver_calls": self.driver_calls,
                 "step_us_p50": self.step_us_p50,
                 "step_us_p99": self.step_us_p99,
@@ -84,6 +98,10 @@ class Report:
             ["waste", *(f"{arm.waste:.2%}" for arm in arms)],
             ["preemptions", *(f"{arm.preemptions:,}" for arm in arms)],
             ["bytes reclaimable, mean", format_size(self.vattn.reclaimable_bytes), "", ""],
+            [f"prompts, the first {self.warm_up:,} left out", f"{self.admissions.prompts:,}", "", ""],
+            ["of them, no page created", _share(self.admissions.no_create_share), "", ""],
+            ["of them, no driver call", _share(self.admissions.no_driver_call_share), "", ""],
+            ["steps that waited for pages", f"{self.steps_waited:,} of {self.steps:,}", "", ""],
             ["driver calls", f"{self.driver_calls:,}", "", ""],
             ["step, median", f"{self.step_us_p50:.1f} us", "", ""],
             ["step, 99th percentile", f"{self.step_us_p99:.1f} us", "", ""],
@@ -91,6 +109,10 @@ class Report:
         if self.verified_bytes:
             rows.append(["bytes verified", format_size(self.verified_bytes), "", ""])
         print_table(self.title, ["", "vattn", "paged, 16 tokens", "static"], rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
 
 
 def _common(figures: Figures) -> dict[str, Any]:
@@ -169,11 +191,31 @@ def open_cache(args: argparse.Namespace, geometry: Geometry) -> vattn.KVCache:
             layout=args.layout,
             page_size=args.page_size,
             memory_limit=memory,
+            lookahead_tokens=_lookahead(args, geometry),
         )
     except ImportError as error:
         raise UsageError(f"{error}; `python -m vattn info` says what is missing and how to get it") from None
     except (TypeError, ValueError, OverflowError, Error) as error:
         raise UsageError(f"no such cache: {error}") from None
+
+
+def _lookahead(args: argparse.Namespace, geometry: Geometry) -> int | None:
+    """Meta has no mapper unless told; here it is to stand for a device that has one."""
+    if args.lookahead is not None or args.device != "meta":
+        return cast("int | None", args.lookahead)
+    page_size = args.page_size or DEFAULT_META_PAGE
+    return PageMath(geometry, page_size, args.layers_per_tensor, args.layout or "NHD").lookahead_tokens
+
+
+def workload(args: argparse.Namespace, trace: Trace) -> Workload:
+    """What those options make of a trace."""
+    return Workload(
+        arrivals_ns=[int(when / args.speed) for when in trace.arrivals_ns],
+        prompts=trace.prompts,
+        answers=trace.answers,
+        iteration_ns=max(1, round(args.iteration_ms * 1e6)),
+        max_batch=args.max_batch,
+    )
 
 
 def replay(
@@ -189,14 +231,8 @@ def replay(
 
         verifier = Verifier(cache, geometry, args.max_batch)
     budget = cache.stats().limit_bytes if args.memory is None else args.memory
-    work = Workload(
-        arrivals_ns=[int(when / args.speed) for when in trace.arrivals_ns],
-        prompts=trace.prompts,
-        answers=trace.answers,
-        iteration_ns=max(1, round(args.iteration_ms * 1e6)),
-        max_batch=args.max_batch,
-    )
-    ours = VattnMemory(cache, verifier)
+    work = workload(args, trace)
+    ours = VattnMemory(cache, verifier, args.warm_up)
     arms: dict[str, Memory] = {
         "vattn": ours,
         "paged_16": PagedMemory(geometry, budget, args.max_batch, args.max_seq_len),
@@ -207,8 +243,10 @@ def replay(
         f"{trace.path}: {len(trace):,} requests at {args.speed:g} times their speed, "
         f"{args.iteration_ms:g} ms an iteration\n"
         f"{geometry}; {format_size(budget)} on {args.device}, pages of {format_size(cache.page_size)}, "
-        f"{cache.tokens_per_page:,} tokens a page, {cache.layout}"
+        f"{cache.tokens_per_page:,} tokens a page, {cache.layout}, "
+        + (f"{cache.lookahead_tokens:,} tokens mapped ahead" if cache.lookahead_tokens else "nothing mapped ahead")
     )
+    stats = cache.stats()
     return Report(
         title=title,
         requests=len(trace),
@@ -216,7 +254,12 @@ def replay(
         vattn=figures["vattn"],
         paged_16=figures["paged_16"],
         static=figures["static"],
-        driver_calls=cache.stats().driver_calls,
+        lookahead_tokens=cache.lookahead_tokens,
+        warm_up=args.warm_up,
+        admissions=ours.admissions(),
+        steps=len(ours.step_ns),
+        steps_waited=stats.steps_waited,
+        driver_calls=stats.driver_calls,
         step_us_p50=ours.step_microseconds(50),
         step_us_p99=ours.step_microseconds(99),
         verified_bytes=verifier.verified_bytes if verifier else 0,

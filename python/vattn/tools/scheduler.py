@@ -42,7 +42,10 @@ class Memory(Protocol):
         """Free a slot and its memory."""
 
     def usage(self) -> tuple[int, int, int]:
-        """Return the bytes that hold tokens, those mapped for active slots, and those reclaimable."""
+        """Return the bytes that hold tokens, those mapped for active slots, and those reclaimable.
+
+        Asked once an iteration, when all who run in it have their memory and nobody has finished.
+        """
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ std::int64_t KVCache::best_free(std::int64_t expected) const {
   for (std::int64_t slot = 0; slot < slots_.size(); ++slot) {
     if (slots_.is_active(slot)) continue;
     const RowGroup& memory = group(slot);
-    const std::int64_t tokens = memory.mapped == 0 ? 0 : tokens_in(memory.ready);
+    const std::int64_t tokens = tokens_in(memory.ready);
     // Large enough beats too small; of those large enough the smallest, of those too small the largest.
     const bool fits = tokens >= expected;
     const bool best_fits = best_tokens >= expected;

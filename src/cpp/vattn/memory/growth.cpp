@@ -116,7 +116,7 @@ void Growth::plan() {
       }
       if (target <= row.accessible) return;
       const auto have = static_cast<std::uint32_t>(row.pages.size());
-      runs_.push_back({&row, entry.group, row.accessible, have, target, {}});
+      runs_.push_back({&row, kind, entry.group, row.accessible, have, target, {}});
       if (target <= have) return;
       missing_ += target - have;
     });
@@ -286,7 +286,7 @@ void Growth::publish() noexcept {
       }
     }
     run.row->accessible = run.target;
-    holder_.group(run.group).mapped += run.taken.size();
+    holder_.group(run.group).mapped[run.kind] += run.taken.size();
     if (ahead_only_) pool_.ahead_transit_ -= run.taken.size();
   }
   pool_.transit_ -= created + reused;
@@ -355,7 +355,7 @@ void Growth::undo_counts(bool keep_created) noexcept {
         run.row->pages.push_back(taken.page);
         ++pool_.mapped_;
         ++holder_.mapped_pages;
-        ++holder_.group(run.group).mapped;
+        ++holder_.group(run.group).mapped[run.kind];
       } else if (taken.page != 0) {
         if (spare_.size() < spare_.capacity() && taken.origin == Taken::Origin::kCreated) spare_.push_back(taken.page);
         pool_.keep(taken.page);

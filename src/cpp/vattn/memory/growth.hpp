@@ -57,6 +57,7 @@ class VATTN_API Growth {
   };
   struct Run {
     Row* row;
+    std::uint8_t kind;
     std::size_t group;
     std::uint32_t from;  ///< the first page to make accessible
     std::uint32_t have;  ///< pages mapped before

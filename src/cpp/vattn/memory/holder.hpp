@@ -26,15 +26,15 @@ namespace vattn {
 using Extent = std::array<std::uint32_t, 2>;
 
 struct RowGroup {
-  Extent held{};             ///< promised to the owner
-  Extent ahead{};            ///< how far the mapper shall go
-  Extent ready{};            ///< accessible in every row of the kind
-  Extent shown{};            ///< of these, what counts as the owner's: not what it truncated
-  std::uint64_t mapped = 0;  ///< in all rows
-  std::uint64_t stamp = 0;   ///< when it was last used, on the pool's clock: the coldest has the lowest
-  Fences fences{};           ///< of the work that may still use the excess
-  bool active = false;       ///< in use by a request
-  bool busy = false;         ///< somebody changes what is mapped, and does not hold the lock
+  Extent held{};                          ///< promised to the owner
+  Extent ahead{};                         ///< how far the mapper shall go
+  Extent ready{};                         ///< accessible in every row of the kind
+  Extent shown{};                         ///< of these, what counts as the owner's: not what it truncated
+  std::array<std::uint64_t, 2> mapped{};  ///< in all rows of the kind
+  std::uint64_t stamp = 0;                ///< when it was last used, on the pool's clock: the coldest has the lowest
+  Fences fences{};                        ///< of the work that may still use the excess
+  bool active = false;                    ///< in use by a request
+  bool busy = false;                      ///< somebody changes what is mapped, and does not hold the lock
 };
 
 class Holder {
@@ -79,8 +79,13 @@ class Holder {
 
   /// Pages of a group that its owner was not promised.
   [[nodiscard]] std::uint64_t excess(std::size_t group) const noexcept {
-    const std::uint64_t held = pages_in(groups_[group].held);
-    return groups_[group].mapped > held ? groups_[group].mapped - held : 0;
+    // By kind: what K has too much is no help where V has too little.
+    const auto of_kind = [&](std::size_t kind) {
+      const std::uint64_t held = rows_of_kind_[kind] * groups_[group].held[kind];
+      const std::uint64_t mapped = groups_[group].mapped[kind];
+      return mapped > held ? mapped - held : 0;
+    };
+    return of_kind(0) + of_kind(1);
   }
 
   /// After rows of a group changed.

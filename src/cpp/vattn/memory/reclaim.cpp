@@ -93,6 +93,7 @@ PagePool::Candidate PagePool::coldest(const Refused& refused, bool pending) noex
 std::uint64_t PagePool::take_back(std::unique_lock<std::mutex>& lock, Candidate from, std::uint64_t pages, Losses* losses) {
   struct Cut {
     Row* row;
+    std::uint8_t kind;
     std::uint32_t keep;
     bool done;
   };
@@ -100,7 +101,7 @@ std::uint64_t PagePool::take_back(std::unique_lock<std::mutex>& lock, Candidate 
   std::vector<Cut> cuts;
   from.holder->each_row(from.group, [&](Row& row, std::uint8_t kind) {
     const auto mapped = static_cast<std::uint32_t>(row.pages.size());
-    if (mapped > group.held[kind]) cuts.push_back({&row, group.held[kind], false});
+    if (mapped > group.held[kind]) cuts.push_back({&row, kind, group.held[kind], false});
   });
   // A page off every row at a time, the longest rows first, so that what stays is as long as it can be in every row.
   std::uint64_t excess = 0;
@@ -147,7 +148,7 @@ std::uint64_t PagePool::take_back(std::unique_lock<std::mutex>& lock, Candidate 
     for (auto page = row.pages.begin() + cut.keep; page != row.pages.end(); ++page) keep(*page);
     row.pages.resize(cut.keep);
     row.used = std::min(row.used, cut.keep);
-    group.mapped -= gone;
+    group.mapped[cut.kind] -= gone;
     from.holder->mapped_pages -= gone;
     taken += gone;
   }
