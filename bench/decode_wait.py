@@ -81,7 +81,9 @@ def main() -> None:
         "mapper": run(fake, None, args.iterations, args.iteration_ms),
         "lookahead_0": run(fake, 0, args.iterations, args.iteration_ms),
     }
-    print(json.dumps({"bench": "decode_wait", "iterations": args.iterations, "iteration_ms": args.iteration_ms, **arms}))
+    print(
+        json.dumps({"bench": "decode_wait", "iterations": args.iterations, "iteration_ms": args.iteration_ms, **arms})
+    )
 
 
 if __name__ == "__main__":

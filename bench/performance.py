@@ -52,7 +52,9 @@ def decode_wait(result: dict[str, Any]) -> str:
     rows = [("a decode step of 32 requests, 64 tensors", "with the mapper", "lookahead_tokens=0")]
     arms = [result["mapper"], result["lookahead_0"]]
     rows.append(("steps that waited, after the first", *(f"{arm['steps_waited_after_the_first']}" for arm in arms)))
-    rows.append(("slowest step after the first", *(f"{arm['step_us_max_after_the_first'] / 1e3:,.1f} ms" for arm in arms)))
+    rows.append(
+        ("slowest step after the first", *(f"{arm['step_us_max_after_the_first'] / 1e3:,.1f} ms" for arm in arms))
+    )
     rows.append(("median step", *(f"{arm['step_us_p50']:.0f} us" for arm in arms)))
     rows.append(("99th percentile", *(f"{arm['step_us_p99']:.0f} us" for arm in arms)))
     waits = ", ".join(f"{wait:,.0f}" for wait in arms[1]["wait_ms_of_those"])
@@ -60,8 +62,8 @@ def decode_wait(result: dict[str, Any]) -> str:
         "## Waiting for pages\n\n"
         + table(rows)
         + f"\n{result['iterations']:,} iterations of {result['iteration_ms']:g} ms from 512 tokens on, pages of 2 MiB; "
-        "the real CUDA driver code on the fake libcuda, with calls as slow as published for an A100. Without the mapper "
-        f"each page boundary costs all of its calls: {waits} ms. Not measured on a GPU.\n"
+        "the real CUDA driver code on the fake libcuda, with calls as slow as published for an A100. Without the "
+        f"mapper each page boundary costs all of its calls: {waits} ms. Not measured on a GPU.\n"
     )
 
 

@@ -1,7 +1,8 @@
 /* vattn from C: vattn.h alone, every status checked.
  *
  * Two requests grow in one cache; what is written through one view is read through another; a step beyond the budget is refused
- * and changes nothing; a growable tensor keeps its address. Exit status 0: all as it should be. Thread: one.
+ * and changes nothing; what one request leaves behind serves the next; a growable tensor keeps its address; a cache and a
+ * tensor share one budget. Exit status 0: all as it should be. Thread: one.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -79,7 +80,7 @@ static void two_requests(vattn_cache* cache) {
   CHECK(vattn_cache_alloc(cache, &slots[0]));
   CHECK(vattn_cache_step_slots(cache, slots, lengths, 2));
   CHECK(vattn_cache_stats(cache, &stats));
-  EXPECT(stats.pages_reused > 0);
+  EXPECT(stats.prompts == 3 && stats.reused_prompts == 1);
   EXPECT(stats.created_bytes == stats.mapped_bytes + stats.pooled_bytes + stats.retired_bytes);
   printf("%llu KiB mapped, %llu KiB pooled, %llu pages created, %llu reused, %llu driver calls\n",
          (unsigned long long)stats.mapped_bytes / 1024, (unsigned long long)stats.pooled_bytes / 1024,
@@ -101,11 +102,47 @@ static void growable_tensor(void) {
   vattn_tensor_destroy(tensor);
 }
 
+static void shared_budget(void) {
+  const int64_t row_shape[1] = {16384}, half = 2048, all = 4096; /* a row is a page, and so are 128 tokens */
+  int64_t slot = 0;
+  vattn_pool* pool = NULL;
+  vattn_cache* cache = NULL;
+  vattn_tensor* tensor = NULL;
+  vattn_cache_config config;
+  vattn_pool_stats stats;
+  CHECK(vattn_pool_create("cpu", 64 << 10, 32 * (64 << 10), &pool));
+  vattn_cache_config_init(&config);
+  config.num_layers = config.num_kv_heads = config.max_batch_size = 1;
+  config.head_dim = 128;
+  config.max_seq_len = all;
+  config.dtype = "float32";
+  config.lookahead_tokens = 0;
+  config.pool = pool;
+  CHECK(vattn_cache_create(&config, &cache));
+  CHECK(vattn_tensor_create_in_pool(row_shape, 1, 64, "float32", pool, &tensor));
+  CHECK(vattn_cache_alloc_for(cache, 1024, NULL, &slot));
+  EXPECT(vattn_cache_step_slots(cache, &slot, &all, 1) == VATTN_OUT_OF_MEMORY);
+  CHECK(vattn_cache_step_slots(cache, &slot, &half, 1));
+  EXPECT(vattn_tensor_resize(tensor, 1) == VATTN_OUT_OF_MEMORY);
+  CHECK(vattn_cache_free(cache, slot)); /* warm: the tensor takes what it needs of it */
+  CHECK(vattn_tensor_resize(tensor, 20));
+  CHECK(vattn_cache_settle(cache));
+  CHECK(vattn_pool_stats_now(pool, &stats));
+  EXPECT(stats.members == 2 && stats.created_bytes <= stats.limit_bytes && stats.reclaimable_bytes == 12 * (64 << 10));
+  EXPECT(vattn_pool_close(pool) == VATTN_IN_USE);
+  printf("refused, as it should be: %s\n", vattn_last_error());
+  vattn_cache_destroy(cache);
+  vattn_tensor_destroy(tensor);
+  CHECK(vattn_pool_close(pool));
+  vattn_pool_destroy(pool);
+}
+
 int main(void) {
   vattn_cache* cache = make_cache();
   printf("vattn %s\n", vattn_version());
   two_requests(cache);
   growable_tensor();
+  shared_budget();
   EXPECT(vattn_cache_free(cache, 99) == VATTN_OUT_OF_RANGE);
   CHECK(vattn_cache_close(cache));
   EXPECT(vattn_cache_free(cache, 0) == VATTN_CLOSED);

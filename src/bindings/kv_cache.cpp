@@ -99,8 +99,8 @@ nb::typed<nb::tuple, nb::int_, nb::ellipsis> stats(const KVCache& cache) {
   }
   return nb::make_tuple(now.reserved_bytes, now.created_bytes, now.mapped_bytes, now.pooled_bytes, now.retired_bytes,
                         now.limit_bytes, now.used_bytes, now.available_bytes, now.reclaimable_bytes, now.active_slots,
-                        now.warm_slots, now.driver_calls, now.pages_created, now.pages_reused, now.map_wait_ns,
-                        now.warm_bytes, now.prompts, now.warm_prompts, now.reused_prompts, now.steps_waited);
+                        now.warm_slots, now.driver_calls, now.pages_created, now.pages_reused, now.map_wait_ns, now.warm_bytes,
+                        now.prompts, now.warm_prompts, now.reused_prompts, now.steps_waited);
 }
 
 }  // namespace

@@ -37,10 +37,12 @@ void bind_page_pool(nb::module_& module) {
           },
           nb::arg("device"), nb::arg("memory_limit").none(), nb::arg("page_size").none())
       .def("page_size", [](const SharedPool& self) { return self.pool->page_size(); })
-      .def("memory_limit", [](const SharedPool& self) { return self.pool->memory_limit(); }, Release())
+      .def(
+          "memory_limit", [](const SharedPool& self) { return self.pool->memory_limit(); }, Release())
       .def(
           "set_memory_limit", [](const SharedPool& self, std::int64_t bytes) { self.pool->set_memory_limit(bytes); }, Release())
       .def("stats", &stats)
-      .def("close", [](const SharedPool& self) { self.pool->close(); }, Release())
+      .def(
+          "close", [](const SharedPool& self) { self.pool->close(); }, Release())
       .def("is_closed", [](const SharedPool& self) { return self.pool->is_closed(); }, Release());
 }

@@ -251,9 +251,9 @@ def test_close_does_not_wait_until_the_thread_has_mapped_everything(fake: FakeCu
     cache.step([1, 1, 1, 1])
     made = fake.calls("cuMemCreate")
     assert within(10, lambda: fake.calls("cuMemCreate") > made), "the thread is at it: 4 slots x 15 pages x 4 x 10 ms"
-    start = time.monotonic()
+    made = fake.calls("cuMemCreate")
     cache.close()
-    assert time.monotonic() - start < 1.2
+    assert fake.calls("cuMemCreate") <= made + 2, "the call it was in, and perhaps one that began meanwhile"
 
 
 def test_threads_step_while_the_look_ahead_follows_them(device: str) -> None:

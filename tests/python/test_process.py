@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 
-from conftest import FAKE_CUDA, ON_GPU, check_child
+import pytest
+
+from conftest import FAKE_CUDA, ON_GPU, check_child, run_child
 
 SMALL = """
 import gc, os, resource, vattn
@@ -138,8 +140,12 @@ kept = live.view(0, 0)[0]
 kept.fill_(3)
 new = torch.ones(1, 1, 64)
 calls = []
+pool = vattn.PagePool("cpu")
+member = cache(pool=pool)
 for one in (live, meta):
     calls += [one.alloc, lambda: one.alloc_block(1), lambda: one.free(0), one.slots, lambda: len(one),
+        lambda: one.record_stream(0), one.settle, pool.stats, pool.close, lambda: pool.memory_limit,
+        lambda: setattr(pool, "memory_limit", "1GiB"),
         lambda: one.step({0: 20}),
               lambda: one.step([0, 0]), lambda: one.step(torch.tensor([11, 0])), lambda: one.fits({0: 1}),
               lambda: one.truncate(0, 1), lambda: one.seq_len(0), lambda: one.committed_len(0), lambda: one.view(0, 0),
@@ -161,7 +167,8 @@ child = os.fork()
 if child == 0:
     for call in (lambda: growing.resize(9), lambda: len(growing), lambda: growing.tensor,
         lambda: growing.append(torch.ones(1, 4)),
-                 lambda: growing.nbytes_mapped, lambda: growing.memory_limit, growing.close):
+                 lambda: growing.nbytes_mapped, lambda: growing.memory_limit, growing.close,
+                 lambda: cache(pool=pool), lambda: vattn.GrowableTensor((4,), 100, torch.float32, pool=pool)):
         try:
             call()
             os._exit(7)
@@ -171,7 +178,7 @@ if child == 0:
     own.step({own.alloc(): 4096})
     own.view(0, 0)[0].fill_(1)
     del own
-    globals().update(live=None, meta=None, growing=None, kept=None, one=None)
+    globals().update(live=None, meta=None, growing=None, kept=None, one=None, member=None, pool=None)
     gc.collect()
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
@@ -226,6 +233,193 @@ threading.Thread(target=lambda: caches[2].step({{0: 200}}), daemon=True).start()
 """,
             timeout=30,
         )
+
+
+#: On the fake driver, where a page takes 20 ms to make, so that the look-ahead thread is at it for 2.5 seconds.
+BUSY = (
+    SMALL
+    + """
+import ctypes, sys, threading, time
+fake = ctypes.CDLL(os.environ["VATTN_CUDA_LIBRARY"])
+fake.fake_cuda_calls.restype = ctypes.c_uint64
+small = {"page_size": 256 << 10}
+def busy(**more):
+    fake.fake_cuda_set_latency(b"cuMemCreate", ctypes.c_uint64(20_000_000))
+    one = cache(device="cuda", head_dim=1024, lookahead_tokens=4096, **{**({} if "pool" in more else small), **more})
+    one.step({one.alloc(): 1})
+    made = fake.fake_cuda_calls(b"cuMemCreate")
+    while fake.fake_cuda_calls(b"cuMemCreate") == made:
+        assert one.committed_len(0) < 4096
+        time.sleep(0.001)
+    return one
+"""
+)
+needs_fake = pytest.mark.skipif(ON_GPU or FAKE_CUDA is None, reason="needs the fake driver library")
+
+
+def check_quiet_exit(program: str, seconds: float) -> None:
+    """The program ends with 0 and without a word, that soon after it prints "end"."""
+    done = run_child("import time\n" + program + '\nprint("end", time.monotonic())\n', timeout=60)
+    over = time.monotonic()
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert not done.stderr
+    said, at = done.stdout.split()
+    assert said == "end"
+    assert over - float(at) < seconds
+
+
+@needs_fake
+def test_interpreter_exits_quickly_and_quietly_while_a_mapper_is_busy() -> None:
+    check_quiet_exit(
+        BUSY
+        + """
+kept, pooled = busy(), busy(pool=vattn.PagePool("cuda", **small))
+view = kept.view(0, 0)
+""",
+        10,
+    )
+
+
+@needs_fake
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_interpreter_exits_quietly_while_daemon_threads_step(device: str) -> None:
+    check_quiet_exit(
+        SMALL
+        + f"""
+import threading, torch
+live = cache(device={device!r}, max_batch_size=4, max_seq_len=2**20)
+live.alloc_block(4)
+started = threading.Barrier(5)
+
+def decode(slot):
+    started.wait()
+    try:
+        for length in range(1, 2**20):
+            live.step({{slot: length}})  # and no torch: it ends such a thread, and so the process, with an abort
+    except vattn.ClosedError:
+        pass
+
+for slot in range(4):
+    threading.Thread(target=decode, args=(slot,), daemon=True).start()
+started.wait()
+time.sleep(0.1)
+""",
+        10,
+    )
+
+
+@needs_fake
+def test_interpreter_exits_quietly_with_mappers_in_reference_cycles() -> None:
+    check_quiet_exit(
+        BUSY
+        + """
+class Engine:
+    def __init__(self, cache):
+        self.cache, self.self = cache, self
+        cache.engine = self
+gc.disable()
+Engine(busy())            # garbage that nobody has collected
+kept = Engine(busy())
+sys.kept = kept
+""",
+        10,
+    )
+
+
+def test_mapper_of_a_cycle_that_is_collected_ends_with_it() -> None:
+    check_child(
+        SMALL
+        + """
+import pathlib
+def mappers():
+    return [1 for task in pathlib.Path("/proc/self/task").iterdir() if "vattn-mapper" in (task / "comm").read_text()]
+class Engine:
+    def __init__(self):
+        self.cache, self.self = cache(), self
+        self.cache.engine = self
+engine = Engine()
+engine.cache.step({engine.cache.alloc(): 1})
+assert len(mappers()) == 1
+del engine
+gc.collect()
+assert not mappers()
+"""
+    )
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "sys.exit(0)", "raise SystemExit"])
+@needs_fake
+def test_fork_with_a_busy_mapper_leaves_the_child_closed_and_the_parent_at_work(end: str) -> None:
+    check_child(
+        BUSY
+        + f"""
+live = busy()
+pool = vattn.PagePool("cuda", **small)
+member = busy(pool=pool)
+start = time.monotonic()
+child = os.fork()
+if child == 0:
+    for call in (lambda: live.step({{0: 2}}), live.stats, live.settle, live.close, pool.stats, pool.close):
+        try:
+            call()
+            os._exit(7)
+        except vattn.ClosedError:
+            pass
+    assert live.is_closed and pool.is_closed and member.is_closed
+    live = None
+    gc.collect()
+    {end}
+assert os.waitpid(child, 0)[1] == 0
+assert time.monotonic() - start < 5
+fake.fake_cuda_set_latency(None, ctypes.c_uint64(0))
+for one in (live, member):
+    one.settle()
+    assert one.committed_len(0) == 4096
+    one.step({{0: 4096}})
+    slot = one.alloc()
+    one.step({{slot: 1}})
+    one.settle()
+    assert one.committed_len(slot) == 4096
+    one.close()
+pool.close()
+fake.fake_cuda_violations.restype = ctypes.c_uint64
+assert fake.fake_cuda_violations() == 0
+"""
+    )
+
+
+def test_multiprocessing_fork_with_a_live_mapper_works_on_both_sides() -> None:
+    check_child(
+        SMALL
+        + """
+import multiprocessing, time
+live = cache()
+live.step({live.alloc(): 1})
+
+def work(queue):
+    try:
+        live.step({0: 5})
+    except vattn.ClosedError:
+        queue.put("closed")
+    own = cache()
+    own.step({own.alloc(): 100})
+    own.settle()
+    own.view(0, 0)[0].fill_(2)
+    queue.put(own.committed_len(0))
+
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+child = context.Process(target=work, args=(queue,))
+child.start()
+assert queue.get(timeout=30) == "closed"
+assert queue.get(timeout=30) >= 100
+child.join(30)
+assert child.exitcode == 0, child.exitcode
+live.step({0: 4096})
+live.settle()
+assert live.committed_len(0) == 4096
+"""
+    )
 
 
 def test_threads_that_use_one_cache_at_once_do_it_no_harm() -> None:

@@ -1,4 +1,4 @@
-"""Memory moves while work runs: kernels read a slot over and over while its neighbours are mapped, given up and unmapped.
+"""Memory moves while work runs: kernels read a slot over and over while its neighbours are mapped and unmapped.
 
 On a GPU (``VATTN_TEST_GPU=1``) this is the stress test of facts nobody has documented: whether mapping and unmapping
 beside ranges that a running kernel reads ever faults. It runs for a minute there, on several streams, and every value
@@ -14,9 +14,9 @@ import time
 
 import pytest
 import torch
-from conftest import ON_GPU, PAGE, TOKENS, make_cache, without_meta
 
 import vattn
+from conftest import ON_GPU, PAGE, TOKENS, make_cache, without_meta
 
 SECONDS = 60.0 if ON_GPU else 1.0
 READERS = 4
@@ -89,7 +89,7 @@ def test_kernels_read_what_was_written_while_neighbours_are_mapped_and_unmapped(
         lookahead_tokens=lookahead,
     )
     slots = cache.alloc_block(READERS)
-    cache.step({slot: 8 * TOKENS for slot in slots})
+    cache.step(dict.fromkeys(slots, 8 * TOKENS))
     for slot in slots:
         fill(cache, slot)
     if ON_GPU:

@@ -71,7 +71,7 @@ py::dict stats(const toy::Engine& engine) {
   using namespace py::literals;
   return py::dict("mapped_bytes"_a = now.mapped_bytes, "pooled_bytes"_a = now.pooled_bytes, "used_bytes"_a = now.used_bytes,
                   "limit_bytes"_a = now.limit_bytes, "active_slots"_a = now.active_slots, "driver_calls"_a = now.driver_calls,
-                  "pages_created"_a = now.pages_created, "pages_reused"_a = now.pages_reused);
+                  "pages_created"_a = now.pages_created, "prompts"_a = now.prompts, "reused_prompts"_a = now.reused_prompts);
 }
 
 std::pair<View, View> view(const toy::Engine& engine, std::int64_t layer, std::int64_t request) {

@@ -12,6 +12,9 @@ struct vattn_cache {
 struct vattn_tensor {
   vattn::GrowableTensor tensor;
 };
+struct vattn_pool {
+  std::shared_ptr<vattn::PagePool> pool;
+};
 
 namespace vattn {
 
@@ -73,6 +76,12 @@ DType parse_dtype(const char* name) {
 
 Device parse_device_or_cpu(const char* name) { return name == nullptr ? Device{} : parse_device(name); }
 
+void check_device(const char* name, const PagePool& pool) {
+  if (name == nullptr || parse_device(name) == pool.device()) return;
+  throw std::invalid_argument("device=\"" + std::string(name) + "\", but the pool is on \"" + to_string(pool.device()) +
+                              "\": pass NULL, or another pool");
+}
+
 std::optional<Layout> parse_layout(const char* name) {
   if (name == nullptr) return std::nullopt;
   if (std::string_view(name) == "NHD") return Layout::kNHD;
@@ -107,6 +116,8 @@ CacheConfig convert(const vattn_cache_config& from) {
   config.unmapped_reads = parse_reads(from.unmapped_reads);
   config.guard_tokens = from.guard_tokens;
   config.scrub = from.scrub != 0;
+  if (from.lookahead_tokens != -1) config.lookahead_tokens = from.lookahead_tokens;
+  if (from.warm_tokens != -1) config.warm_tokens = from.warm_tokens;
   return config;
 }
 
@@ -155,6 +166,8 @@ void vattn_cache_config_init(vattn_cache_config* config) {
   *config = vattn_cache_config{};
   config->v_head_dim = -1;
   config->layers_per_tensor = 1;
+  config->lookahead_tokens = -1;
+  config->warm_tokens = -1;
 }
 
 vattn_status vattn_cache_create(const vattn_cache_config* config, vattn_cache** cache) {
@@ -162,7 +175,12 @@ vattn_status vattn_cache_create(const vattn_cache_config* config, vattn_cache** 
     need(config, "config");
     need(cache, "cache");
     const vattn::CacheConfig wanted = vattn::convert(*config);
-    *cache = new vattn_cache{vattn::KVCache(wanted, vattn::parse_device_or_cpu(config->device))};
+    if (config->pool == nullptr) {
+      *cache = new vattn_cache{vattn::KVCache(wanted, vattn::parse_device_or_cpu(config->device))};
+      return;
+    }
+    vattn::check_device(config->device, *config->pool->pool);
+    *cache = new vattn_cache{vattn::KVCache(wanted, config->pool->pool)};
   });
 }
 
@@ -195,6 +213,65 @@ vattn_status vattn_cache_free(vattn_cache* cache, int64_t slot) {
   return guarded([&] {
     need(cache, "cache");
     cache->cache.free(slot);
+  });
+}
+
+vattn_status vattn_cache_alloc_on_stream(vattn_cache* cache, vattn_stream stream, int64_t* slot) {
+  return guarded([&] {
+    need(cache, "cache");
+    need(slot, "slot");
+    *slot = cache->cache.alloc({}, stream);
+  });
+}
+
+vattn_status vattn_cache_alloc_for(vattn_cache* cache, int64_t expected_len, const vattn_stream* stream, int64_t* slot) {
+  return guarded([&] {
+    need(cache, "cache");
+    need(slot, "slot");
+    *slot = cache->cache.alloc(expected_len, stream == nullptr ? std::nullopt : std::optional<vattn::Stream>(*stream));
+  });
+}
+
+vattn_status vattn_cache_alloc_block_on_stream(vattn_cache* cache, int64_t count, vattn_stream stream, int64_t* first) {
+  return guarded([&] {
+    need(cache, "cache");
+    need(first, "first");
+    *first = cache->cache.alloc_block(count, stream).front();
+  });
+}
+
+vattn_status vattn_cache_free_on_stream(vattn_cache* cache, int64_t slot, vattn_stream stream) {
+  return guarded([&] {
+    need(cache, "cache");
+    cache->cache.free(slot, stream);
+  });
+}
+
+vattn_status vattn_cache_truncate_on_stream(vattn_cache* cache, int64_t slot, int64_t tokens, vattn_stream stream) {
+  return guarded([&] {
+    need(cache, "cache");
+    cache->cache.truncate(slot, tokens, stream);
+  });
+}
+
+vattn_status vattn_cache_step_on_stream(vattn_cache* cache, const int64_t* lengths, int64_t count, vattn_stream stream) {
+  return guarded([&] {
+    need(cache, "cache");
+    cache->cache.step(vattn::span_of(lengths, count, "lengths"), stream);
+  });
+}
+
+vattn_status vattn_cache_record_stream(vattn_cache* cache, vattn_stream stream) {
+  return guarded([&] {
+    need(cache, "cache");
+    cache->cache.record_stream(stream);
+  });
+}
+
+vattn_status vattn_cache_settle(vattn_cache* cache) {
+  return guarded([&] {
+    need(cache, "cache");
+    cache->cache.settle();
   });
 }
 
@@ -302,7 +379,8 @@ vattn_status vattn_cache_stats(vattn_cache* cache, vattn_stats* stats) {
     const vattn::CacheStats from = cache->cache.stats();
     *stats = {from.reserved_bytes, from.created_bytes, from.mapped_bytes,    from.pooled_bytes,      from.retired_bytes,
               from.limit_bytes,    from.used_bytes,    from.available_bytes, from.reclaimable_bytes, from.active_slots,
-              from.warm_slots,     from.driver_calls,  from.pages_created,   from.pages_reused,      from.map_wait_ns};
+              from.warm_slots,     from.driver_calls,  from.pages_created,   from.pages_reused,      from.map_wait_ns,
+              from.warm_bytes,     from.prompts,       from.warm_prompts,    from.reused_prompts,    from.steps_waited};
   });
 }
 
@@ -319,6 +397,70 @@ vattn_status vattn_cache_tokens_per_page(vattn_cache* cache, int64_t* tokens) {
     need(cache, "cache");
     need(tokens, "tokens");
     *tokens = cache->cache.geometry().tokens_per_page();
+  });
+}
+
+vattn_status vattn_pool_create(const char* device, int64_t page_size, int64_t memory_limit, vattn_pool** pool) {
+  return guarded([&] {
+    need(pool, "pool");
+    *pool = new vattn_pool{vattn::PagePool::make(vattn::parse_device_or_cpu(device), vattn::unless_zero(memory_limit),
+                                                 vattn::unless_zero(page_size))};
+  });
+}
+
+void vattn_pool_destroy(vattn_pool* pool) { delete pool; }
+
+vattn_status vattn_pool_close(vattn_pool* pool) {
+  return guarded([&] {
+    need(pool, "pool");
+    pool->pool->close();
+  });
+}
+
+vattn_status vattn_pool_memory_limit(vattn_pool* pool, uint64_t* bytes) {
+  return guarded([&] {
+    need(pool, "pool");
+    need(bytes, "bytes");
+    *bytes = pool->pool->memory_limit();
+  });
+}
+
+vattn_status vattn_pool_set_memory_limit(vattn_pool* pool, int64_t bytes) {
+  return guarded([&] {
+    need(pool, "pool");
+    pool->pool->set_memory_limit(bytes);
+  });
+}
+
+vattn_status vattn_pool_page_size(vattn_pool* pool, int64_t* bytes) {
+  return guarded([&] {
+    need(pool, "pool");
+    need(bytes, "bytes");
+    *bytes = static_cast<int64_t>(pool->pool->page_size());
+  });
+}
+
+vattn_status vattn_pool_stats_now(vattn_pool* pool, vattn_pool_stats* stats) {
+  return guarded([&] {
+    need(pool, "pool");
+    need(stats, "stats");
+    const vattn::PoolStats from = pool->pool->stats();
+    *stats = {from.created_bytes, from.mapped_bytes,    from.pooled_bytes,      from.retired_bytes,
+              from.limit_bytes,   from.available_bytes, from.reclaimable_bytes, from.members.size()};
+  });
+}
+
+vattn_status vattn_tensor_create_in_pool(const int64_t* row_shape, int32_t row_ndim, int64_t max_rows, const char* dtype,
+                                         vattn_pool* pool, vattn_tensor** tensor) {
+  return guarded([&] {
+    need(pool, "pool");
+    need(tensor, "tensor");
+    vattn::GrowableTensor::Config config;
+    const auto shape = vattn::span_of(row_shape, row_ndim, "row_shape");
+    config.row_shape.assign(shape.begin(), shape.end());
+    config.max_rows = max_rows;
+    config.dtype = vattn::parse_dtype(dtype);
+    *tensor = new vattn_tensor{vattn::GrowableTensor(config, pool->pool)};
   });
 }
 

@@ -25,7 +25,7 @@ namespace {
 
 std::shared_ptr<PagePool> usable(std::shared_ptr<PagePool> pool, const CacheConfig& config) {
   if (pool == nullptr) throw std::invalid_argument("pool must not be null");
-  if (pool->is_closed()) throw ClosedError("pool: this PagePool is closed: make a new one");
+  pool->check_open();
   if (config.page_size || config.memory_limit) {
     throw std::invalid_argument(std::string(config.page_size ? "page_size" : "memory_limit") +
                                 " must not be given with pool: the pool's holds for all its members");
@@ -99,8 +99,8 @@ void KVCache::reserve_tensors() {
 KVCache::~KVCache() {
   if (!generation_.is_current()) {
     // The mapper's thread does not exist in this child, and its condition variables may have waiters that do not either.
-    static_cast<void>(mapper_.release());
-    static_cast<void>(holder_.release());
+    [[maybe_unused]] const Mapper* const mapper = mapper_.release();
+    [[maybe_unused]] const Holder* const holder = holder_.release();
     return;
   }
   if (closed_) return;

@@ -200,11 +200,17 @@ void Growth::work() {
   zero_old_bits();
 }
 
+void Growth::check_stopping() const {
+  if (ahead_only_ && holder_.stopping.load(std::memory_order_relaxed)) throw Error("the mapper was stopped");
+}
+
 void Growth::create_pages() {
   creating_ = true;
   for (Run& run : runs_) {
     for (std::size_t i = 0; i < run.taken.size(); ++i) {
-      if (run.taken[i].page == 0) create(run.taken[i], address(*run.row, run.have + i));
+      if (run.taken[i].page != 0) continue;
+      check_stopping();
+      create(run.taken[i], address(*run.row, run.have + i));
     }
   }
   creating_ = false;
@@ -242,6 +248,7 @@ void Growth::create(Taken& taken, Address at) {
 void Growth::map_pages() {
   for (Run& run : runs_) {
     for (const Taken& taken : run.taken) {
+      check_stopping();
       holder_.driver().map(address(*run.row, run.have + run.mapped), pool_.page_size(), taken.page);
       ++run.mapped;
     }
@@ -250,6 +257,7 @@ void Growth::map_pages() {
 
 void Growth::set_access() {
   for (const Run& run : runs_) {
+    check_stopping();
     holder_.driver().set_access(address(*run.row, run.from), (run.target - run.from) * pool_.page_size());
   }
 }

@@ -87,6 +87,8 @@ class VATTN_API Growth {
 
   // Without it.
   void work();
+  /// Look-ahead that nobody will need any more is not finished.
+  void check_stopping() const;
   void create_pages();
   void create(Taken& taken, Address at);
   void map_pages();

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <string>
@@ -106,10 +107,10 @@ class Holder {
   // The mapper thread, where there is one; wake() is PagePool's.
   std::condition_variable wake{};
   bool has_mapper = false;
-  bool woken = false;    ///< there may be something to do
-  bool resting = false;  ///< the mapper has done what it could, and waits
-  bool stopping = false;
-  Extent warm_target{};  ///< how far one free group is kept mapped for the next request; zeros: none
+  bool woken = false;                 ///< there may be something to do
+  bool resting = false;               ///< the mapper has done what it could, and waits
+  std::atomic<bool> stopping{false};  ///< read between driver calls, without the lock
+  Extent warm_target{};               ///< how far one free group is kept mapped for the next request; zeros: none
 
  private:
   std::string name_;

@@ -83,7 +83,7 @@ void Mapper::run() noexcept {
     if (failed_) {
       pause_ = std::clamp(2 * pause_, kFirstPause, kLongestPause);
       holder_.woken = false;  // what failed is not asked for again at once, whoever asks
-      holder_.wake.wait_for(lock, pause_, [&] { return holder_.stopping; });
+      holder_.wake.wait_for(lock, pause_, [&] { return holder_.stopping.load(); });
       holder_.resting = false;
     } else {
       pause_ = std::chrono::milliseconds{0};

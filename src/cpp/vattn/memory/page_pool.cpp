@@ -50,6 +50,7 @@ std::shared_ptr<PagePool> PagePool::make(Device device, std::optional<std::int64
 std::uint64_t PagePool::memory_limit() const {
   generation_.check("this PagePool");
   const std::lock_guard lock(mutex_);
+  if (closed_) throw ClosedError("this PagePool is closed: make a new one");
   return limit_bytes_;
 }
 
@@ -67,7 +68,14 @@ void PagePool::set_memory_limit(std::int64_t bytes) {
   wake_all();  // there is room for look-ahead, or retired pages above the limit to wait for
 }
 
+void PagePool::check_open() const {
+  generation_.check("pool: this PagePool");
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw ClosedError("pool: this PagePool is closed: make a new one");
+}
+
 void PagePool::join(Holder& holder) {
+  generation_.check("pool: this PagePool");
   const std::lock_guard lock(mutex_);
   if (closed_) throw ClosedError("pool: this PagePool is closed: make a new one");
   holders_.push_back(&holder);

@@ -72,6 +72,8 @@ class VATTN_API PagePool {
 
   // For holders.
 
+  /// ClosedError, before any lock, where the pool is closed or belongs to the process that forked this one.
+  void check_open() const;
   /// Enters a holder. ClosedError when the pool is closed.
   void join(Holder& holder);
   /// Takes it out again; its rows are then its owner's alone. Waits for whoever is changing them.

@@ -25,6 +25,7 @@ GrowableTensor::GrowableTensor(const Config& config, Device device, std::shared_
 
 GrowableTensor::GrowableTensor(const Config& config, std::shared_ptr<PagePool> pool) : config_(config), shares_pool_(true) {
   if (pool == nullptr) throw std::invalid_argument("pool must not be null");
+  pool->check_open();
   if (config.page_size || config.memory_limit) {
     throw std::invalid_argument(std::string(config.page_size ? "page_size" : "memory_limit") +
                                 " must not be given with pool: the pool's holds for all its members");
@@ -60,7 +61,8 @@ void GrowableTensor::reserve(std::size_t bytes) {
 
 GrowableTensor::~GrowableTensor() {
   if (!generation_.is_current()) {
-    static_cast<void>(holder_.release());  // its condition variable may have waiters that do not exist in this child
+    // Its condition variable may have waiters that do not exist in this child.
+    [[maybe_unused]] const Holder* const left_alone = holder_.release();
     return;
   }
   if (closed_) return;
