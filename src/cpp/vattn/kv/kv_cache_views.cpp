@@ -83,7 +83,14 @@ KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots
                                   " tokens, and reading past it would fault: step it first");
     }
   }
-  if (must_be_there) promise(slots, length);
+  if (must_be_there) {
+    promise(slots, length);
+  } else if (geometry_.config().scrub) {
+    // What lies behind a length is no promise, but it must not be another request's.
+    for (const std::int64_t slot : slots) {
+      if (length > slots_.quiet(slot)) pool_->scrub_excess(*holder_, static_cast<std::size_t>(slot));
+    }
+  }
   return make_views(layer, {slots.front(), static_cast<std::int64_t>(slots.size()), distance, length});
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "vattn/driver/limits.hpp"
+
 namespace vattn {
 
 void Growth::extend(std::size_t group, const Extent& pages, const Extent& ahead) {
@@ -66,7 +68,13 @@ Growth::Ahead Growth::commit_ahead(std::unique_lock<std::mutex>& lock) {
   plan();
   dirty_.clear();
   if (runs_.empty()) return Ahead::kDone;
-  if (pool_.pressed_ != 0 || missing_ > pool_.pooled_.size() + pool_.creatable(missing_)) return Ahead::kNoRoom;
+  if (pool_.pressed_ != 0) {
+    pool_.turned_away_ = true;
+    return Ahead::kNoRoom;
+  }
+  if (pool_.created_ > pool_.limit_pages()) return Ahead::kNoRoom;  // what is pooled is on its way out
+  if (missing_ + pool_.mapped_ > kMostPages) return Ahead::kNoRoom;
+  if (missing_ > pool_.pooled_.size() + pool_.creatable(missing_)) return Ahead::kNoRoom;
   reserve_room();
   take_pages();
   set_busy(true);
@@ -91,11 +99,15 @@ void Growth::promise() noexcept {
     for (std::size_t kind = 0; kind < group.held.size(); ++kind) {
       group.held[kind] = std::max(group.held[kind], entry.pages[kind]);
     }
+    holder_.update(entry.group);
   }
 }
 
 void Growth::unpromise() noexcept {
-  for (const Entry& entry : entries_) holder_.group(entry.group).held = entry.held_before;
+  for (const Entry& entry : entries_) {
+    holder_.group(entry.group).held = entry.held_before;
+    holder_.update(entry.group);
+  }
 }
 
 void Growth::plan() {
@@ -314,7 +326,7 @@ void Growth::publish() noexcept {
   }
   std::size_t last = SIZE_MAX;
   for (const Run& run : runs_) {
-    if (run.group != last) holder_.update_ready(run.group);
+    if (run.group != last) holder_.update(run.group);
     last = run.group;
   }
   if (!runs_.empty()) set_busy(false);
@@ -376,8 +388,12 @@ void Growth::undo_counts(bool keep_created) noexcept {
       }
     }
   }
+  for (const Run& run : runs_) {
+    if (run.stuck) holder_.update(run.group);
+  }
   set_busy(false);
   runs_.clear();
+  if (!ahead_only_) pool_.wake_all();  // what was at work here is not any more, and pages came back
 }
 
 void Growth::release_spare() noexcept {

@@ -32,6 +32,7 @@ struct RowGroup {
   Extent ready{};                         ///< accessible in every row of the kind
   Extent shown{};                         ///< of these, what counts as the owner's: not what it truncated
   std::array<std::uint64_t, 2> mapped{};  ///< in all rows of the kind
+  std::uint64_t owed = 0;                 ///< promised and not mapped, in all rows: while a growth is at it
   std::uint64_t stamp = 0;                ///< when it was last used, on the pool's clock: the coldest has the lowest
   Fences fences{};                        ///< of the work that may still use the excess
   bool active = false;                    ///< in use by a request
@@ -80,19 +81,20 @@ class Holder {
 
   /// Pages of a group that its owner was not promised.
   [[nodiscard]] std::uint64_t excess(std::size_t group) const noexcept {
-    // By kind: what K has too much is no help where V has too little.
-    const auto of_kind = [&](std::size_t kind) {
-      const std::uint64_t held = rows_of_kind_[kind] * groups_[group].held[kind];
-      const std::uint64_t mapped = groups_[group].mapped[kind];
-      return mapped > held ? mapped - held : 0;
-    };
-    return of_kind(0) + of_kind(1);
+    // Row by row: what one has too much is no help where another has too little.
+    return groups_[group].mapped[0] + groups_[group].mapped[1] + groups_[group].owed - pages_in(groups_[group].held);
   }
 
-  /// After rows of a group changed.
-  void update_ready(std::size_t group) noexcept {
+  /// After rows of a group, or what they are promised, changed.
+  void update(std::size_t group) noexcept {
     Extent ready{UINT32_MAX, UINT32_MAX};
-    each_row(group, [&](const Row& row, std::uint8_t kind) { ready[kind] = std::min(ready[kind], row.accessible); });
+    std::uint64_t owed = 0;
+    each_row(group, [&](const Row& row, std::uint8_t kind) {
+      ready[kind] = std::min(ready[kind], row.accessible);
+      const std::uint32_t held = groups_[group].held[kind];
+      if (row.pages.size() < held) owed += held - row.pages.size();
+    });
+    groups_[group].owed = owed;
     for (std::size_t kind = 0; kind < ready.size(); ++kind) {
       if (rows_of_kind_[kind] == 0) ready[kind] = 0;
     }

@@ -151,8 +151,8 @@ bool Mapper::shrink_to_limit(std::unique_lock<std::mutex>& lock) {
   PagePool::Losses losses;
   if (pool_.settle(lock, losses)) return true;
   // Only what work may still use is left. Wait for the oldest of our own.
-  const PagePool::Candidate next = pool_.coldest({}, true);
-  if (next.holder != &holder_) return false;
+  const PagePool::Candidate next = pool_.coldest({}, true, &holder_);
+  if (next.holder == nullptr) return false;
   const Fences fences = holder_.group(next.group).fences;
   lock.unlock();
   for (const auto& fence : fences) fence->wait();

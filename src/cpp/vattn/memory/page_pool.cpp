@@ -78,8 +78,8 @@ void PagePool::join(Holder& holder) {
   generation_.check("pool: this PagePool");
   const std::lock_guard lock(mutex_);
   if (closed_) throw ClosedError("pool: this PagePool is closed: make a new one");
+  holder.set_number(++joined_);  // may throw, and then it has not joined
   holders_.push_back(&holder);
-  holder.set_number(++joined_);
 }
 
 void PagePool::leave(Holder& holder) noexcept {

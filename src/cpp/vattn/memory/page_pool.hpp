@@ -89,6 +89,8 @@ class VATTN_API PagePool {
   void retire(Holder& holder, std::size_t group, const Kept& kept, const Fences& fences);
   /// Unmaps what a group has beyond its promise, fences or not; false where the driver refused some of it.
   bool give_up_excess(Holder& holder, std::size_t group) noexcept;
+  /// Zeroes what requests left in the excess of a group, once its fences have passed.
+  void scrub_excess(Holder& holder, std::size_t group);
   /// Unmaps rows whose holder has left and takes their pages; counts what could not be unmapped, and lets go of it.
   void empty(std::span<Row> rows, Losses& losses) noexcept;
 
@@ -160,7 +162,10 @@ class VATTN_API PagePool {
     explicit Pressure(PagePool& pool) noexcept : pool_(pool) { ++pool_.pressed_; }
     Pressure(const Pressure&) = delete;
     Pressure& operator=(const Pressure&) = delete;
-    ~Pressure() { --pool_.pressed_; }
+    ~Pressure() {
+      if (--pool_.pressed_ != 0 || !std::exchange(pool_.turned_away_, false)) return;
+      pool_.wake_all();
+    }
 
    private:
     PagePool& pool_;
@@ -171,7 +176,7 @@ class VATTN_API PagePool {
     std::size_t group = 0;
   };
   using Refused = std::vector<Candidate>;
-  [[nodiscard]] Candidate coldest(const Refused& refused, bool pending) noexcept;
+  [[nodiscard]] Candidate coldest(const Refused& refused, bool pending, const Holder* of = nullptr) noexcept;
   /// Unmaps `pages` pages (at most) of a group's excess and pools them. The lock is released meanwhile. How many it got.
   std::uint64_t take_back(std::unique_lock<std::mutex>& lock, Candidate from, std::uint64_t pages, Losses* losses);
   /// Takes back up to `pages` pages, waiting for others and for fences if need be. False: there is nothing to take.
@@ -192,8 +197,10 @@ class VATTN_API PagePool {
   std::uint64_t created_ = 0;
   std::uint64_t transit_ = 0;
   std::uint64_t ahead_transit_ = 0;  ///< of these, taken by mappers: soon look-ahead
+  std::uint64_t leaving_ = 0;        ///< of these, on their way to the driver: above the limit
   std::uint64_t mapped_ = 0;
   std::uint64_t pressed_ = 0;
+  bool turned_away_ = false;  ///< a mapper, meanwhile
   std::uint64_t clock_ = 0;
   std::uint64_t joined_ = 0;
   std::vector<Holder*> holders_;

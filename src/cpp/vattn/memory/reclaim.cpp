@@ -1,5 +1,7 @@
 // PagePool under pressure: who gives up what, in which order. page_pool.hpp states the order.
 #include <algorithm>
+#include <iterator>
+#include <limits>
 
 #include "vattn/driver/limits.hpp"
 #include "vattn/memory/page_pool.hpp"
@@ -15,7 +17,7 @@ std::uint64_t PagePool::total_excess() const noexcept {
 }
 
 std::uint64_t PagePool::obtainable() const noexcept {
-  const std::uint64_t in_use = mapped_ + (transit_ - ahead_transit_) - total_excess();
+  const std::uint64_t in_use = mapped_ + (transit_ - ahead_transit_ - leaving_) - total_excess();
   return limit_pages() > in_use ? limit_pages() - in_use : 0;
 }
 
@@ -28,7 +30,7 @@ std::uint64_t PagePool::creatable(std::uint64_t pages) const {
 }
 
 bool PagePool::anyone_busy() const noexcept {
-  if (ahead_transit_ != 0) return true;
+  if (ahead_transit_ + leaving_ != 0) return true;
   for (const Holder* holder : holders_) {
     for (std::size_t group = 0; group < holder->groups(); ++group) {
       if (holder->group(group).busy) return true;
@@ -60,7 +62,7 @@ bool PagePool::make_room(std::unique_lock<std::mutex>& lock, const Need& need) {
   const std::uint64_t lacking = need.pages - pooled;
   const std::uint64_t to_create = need.may_create ? creatable(lacking) : 0;
   if (to_create >= lacking) return false;
-  if (const std::uint64_t all = pooled + to_create + total_excess() + ahead_transit_; need.pages > all) {
+  if (const std::uint64_t all = pooled + to_create + total_excess() + ahead_transit_ + leaving_; need.pages > all) {
     refuse(
         need, all,
         "and the " + std::string(driver_->traits().name) + " driver has " + std::to_string(to_create * page_size_) + " left");
@@ -69,10 +71,11 @@ bool PagePool::make_room(std::unique_lock<std::mutex>& lock, const Need& need) {
   refuse(need, pooled + to_create, "and the driver would not unmap what is not in use");
 }
 
-PagePool::Candidate PagePool::coldest(const Refused& refused, bool pending) noexcept {
+PagePool::Candidate PagePool::coldest(const Refused& refused, bool pending, const Holder* of) noexcept {
   Candidate best;
   const RowGroup* best_group = nullptr;
   for (Holder* holder : holders_) {
+    if (of != nullptr && of != holder) continue;
     for (std::size_t index = 0; index < holder->groups(); ++index) {
       RowGroup& group = holder->group(index);
       if (group.busy || holder->excess(index) == 0 || has_pending(group) != pending) continue;
@@ -123,7 +126,7 @@ std::uint64_t PagePool::take_back(std::unique_lock<std::mutex>& lock, Candidate 
     }
   }
   for (const Cut& cut : cuts) cut.row->accessible = std::min(cut.row->accessible, cut.keep);
-  from.holder->update_ready(from.group);
+  from.holder->update(from.group);
   group.busy = true;
   lock.unlock();
 
@@ -152,9 +155,10 @@ std::uint64_t PagePool::take_back(std::unique_lock<std::mutex>& lock, Candidate 
     from.holder->mapped_pages -= gone;
     taken += gone;
   }
+  from.holder->update(from.group);
   group.busy = false;
   idle_.notify_all();
-  wake(*from.holder);
+  if (taken != 0 || losses == nullptr) wake(*from.holder);  // not the mapper that settles, of its own failure, without end
   return taken;
 }
 
@@ -195,15 +199,17 @@ bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexce
   settling_ = true;
   bool any = false;
   std::set<PageHandle> refused_pages;
+  PageHandle below = std::numeric_limits<PageHandle>::max();  // where to look on: those from here up were refused
   Refused refused;
   try {
     while (created_ > limit_pages()) {
-      const auto last = std::find_if(pooled_.rbegin(), pooled_.rend(),
+      const auto last = std::find_if(std::make_reverse_iterator(pooled_.lower_bound(below)), pooled_.rend(),
                                      [&](PageHandle page) { return refused_pages.find(page) == refused_pages.end(); });
       if (last != pooled_.rend()) {
         const PageHandle page = *last;
         auto node = pooled_.extract(page);
         ++transit_;
+        ++leaving_;
         lock.unlock();
         bool released = true;
         try {
@@ -214,18 +220,25 @@ bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexce
         }
         lock.lock();
         --transit_;
+        --leaving_;
+        idle_.notify_all();
         if (released) {
           --created_;
           any = true;
         } else {
           pooled_.insert(std::move(node));
           refused_pages.insert(page);
+          below = page;
         }
         continue;
       }
       const Candidate next = coldest(refused, false);
       if (next.holder == nullptr) break;
-      if (take_back(lock, next, created_ - limit_pages(), &losses) == 0) refused.push_back(next);
+      if (take_back(lock, next, created_ - limit_pages(), &losses) == 0) {
+        refused.push_back(next);
+      } else {
+        below = std::numeric_limits<PageHandle>::max();
+      }
     }
   } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
     // No memory to note what was refused: tried again with the next call.
@@ -239,6 +252,40 @@ void PagePool::settle() noexcept {
   std::unique_lock lock(mutex_);
   Losses losses;
   settle(lock, losses);
+}
+
+void PagePool::scrub_excess(Holder& holder, std::size_t index) {
+  std::unique_lock lock(mutex_);
+  RowGroup& group = holder.group(index);
+  while (group.busy) idle_.wait(lock);
+  std::vector<std::pair<Address, std::size_t>> dirty;
+  holder.each_row(index, [&](const Row& row, std::uint8_t kind) {
+    const std::uint32_t from = group.held[kind];
+    const std::uint32_t to = std::min(row.used, row.accessible);
+    if (from < to) dirty.emplace_back(row.base + from * page_size_, (to - from) * page_size_);
+  });
+  if (dirty.empty()) return;
+  static_cast<void>(has_pending(group));
+  const Fences fences = group.fences;
+  const auto done = [&] {
+    lock.lock();
+    group.busy = false;
+    idle_.notify_all();
+    wake(holder);
+  };
+  group.busy = true;
+  lock.unlock();
+  try {
+    for (const auto& fence : fences) fence->wait();
+    for (const auto& [at, size] : dirty) holder.driver().fill_zero(at, size);
+  } catch (...) {
+    done();
+    throw;
+  }
+  done();
+  holder.each_row(index, [&](Row& row, std::uint8_t kind) {
+    if (row.used <= row.accessible) row.used = std::min(row.used, group.held[kind]);
+  });
 }
 
 bool PagePool::give_up_excess(Holder& holder, std::size_t index) noexcept {

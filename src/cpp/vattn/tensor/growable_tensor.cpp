@@ -106,7 +106,13 @@ void GrowableTensor::append(Address rows, std::int64_t count) {
     driver_->synchronize();  // the rows may come from work that still runs, and a copy does not wait for it
     driver_->copy(buffer_->base() + static_cast<Address>(old * row_bytes_), rows, static_cast<std::size_t>(count * row_bytes_));
   } catch (...) {
-    resize_locked(old);
+    rows_ = old;  // whatever the device says to what follows
+    const std::uint32_t pages = pages_for(old);
+    if (pages < pages_for(old + count)) {
+      try_synchronize(*driver_);
+      pool_->retire(*holder_, 0, {{pages, 0}, {}, true}, {});
+      pool_->give_up_excess(*holder_, 0);
+    }
     throw;
   }
 }
