@@ -187,6 +187,26 @@ TEST_P(SharedPool, LimitsMoveLive) {
   a.step({{0, 16 * 20}});
 }
 
+TEST_P(SharedPool, WhatIsAboveALoweredLimitIsNotPromisedAgain) {
+  const auto pool = pool_of(20);
+  KVCache a(config_, pool);
+  a.alloc();
+  a.step({{0, 16 * 8}});
+  a.truncate(0, 16 * 2);
+  driver_.faults->arm({1, true, Verb::kUnmap, 5, "EIO", false});  // so that the excess stays
+  pool->set_memory_limit(static_cast<std::int64_t>(6 * page_));
+  EXPECT_FALSE(a.fits(std::vector<SlotLength>{{0, 16 * 8}}));
+  try {
+    a.step({{0, 16 * 8}});
+    FAIL();
+  } catch (const OutOfMemoryError& error) {
+    EXPECT_EQ(error.needed_bytes, 12 * page_);
+    EXPECT_EQ(error.available_bytes, 2 * page_);
+  }
+  a.step({{0, 16 * 3}});
+  driver_.faults->disarm();
+}
+
 /// Threads step, free, truncate, ask and move the limit, on two caches and a tensor of one pool, with mappers at work.
 TEST_P(SharedPool, ThreadsOfManyCallersAndTwoMappersKeepTheCounts) {
   const auto pool = pool_of(64);

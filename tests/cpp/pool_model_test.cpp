@@ -164,8 +164,7 @@ class Model {
   bool attempt(const char* what, bool has_room, Call&& call) {
     try {
       call();
-      // What a driver would not unmap of a slot's own, above a lowered limit, the slot may have back.
-      EXPECT_TRUE(has_room || !clean_) << what << " should not have had memory: " << promised() << " pages of " << limit_;
+      EXPECT_TRUE(has_room) << what << " should not have had memory: " << promised() << " pages of " << limit_;
       return true;
     } catch (const OutOfMemoryError& error) {
       EXPECT_TRUE(!has_room || armed_) << what << ": " << error.what();

@@ -34,7 +34,9 @@ def test_guard_is_zero_also_where_truncate_could_not_unmap_the_tail(fake: FakeCu
 
 
 def test_refused_driver_call_is_a_driver_error_with_call_code_and_name(fake: FakeCuda) -> None:
-    with vattn.KVCache(1, 1, 64, max_batch_size=1, max_seq_len=64, dtype=torch.float16, device="cuda") as cache:
+    with vattn.KVCache(
+        1, 1, 64, max_batch_size=1, max_seq_len=64, dtype=torch.float16, device="cuda", lookahead_tokens=0
+    ) as cache:
         slot = cache.alloc()
         fake.fail("cuMemMap", 1, 1)
         with pytest.raises(vattn.DriverError) as caught:

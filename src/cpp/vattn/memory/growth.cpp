@@ -96,9 +96,11 @@ void Growth::promise() noexcept {
   for (Entry& entry : entries_) {
     RowGroup& group = holder_.group(entry.group);
     entry.held_before = group.held;
+    promised_ -= holder_.pages_in(group.held);
     for (std::size_t kind = 0; kind < group.held.size(); ++kind) {
       group.held[kind] = std::max(group.held[kind], entry.pages[kind]);
     }
+    promised_ += holder_.pages_in(group.held);
     holder_.update(entry.group);
   }
 }
@@ -149,7 +151,7 @@ void Growth::obtain(std::unique_lock<std::mutex>& lock, bool may_create, const c
       pool_.idle_.wait(lock);
       continue;
     }
-    if (!pool_.make_room(lock, {missing_, may_create, call, way_out})) break;
+    if (!pool_.make_room(lock, {missing_, promised_, may_create, call, way_out})) break;
     outcome_.waited = true;
   }
   reserve_room();

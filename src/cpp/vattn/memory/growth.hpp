@@ -105,6 +105,7 @@ class VATTN_API Growth {
   Outcome outcome_;
   bool creating_ = false;
   std::uint64_t missing_ = 0;
+  std::uint64_t promised_ = 0;
   std::vector<Entry> entries_;
   std::vector<Run> runs_;
   std::vector<Range> dirty_;       ///< claimed pages to zero

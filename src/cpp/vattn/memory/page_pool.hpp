@@ -137,8 +137,9 @@ class VATTN_API PagePool {
 
   /// What a growth lacks.
   struct Need {
-    std::uint64_t pages;
-    bool may_create;  ///< false once the device has said that it has no more
+    std::uint64_t pages;     ///< not mapped yet
+    std::uint64_t promised;  ///< these, and what is mapped of its own excess
+    bool may_create;         ///< false once the device has said that it has no more
     const char* call;
     const char* way_out;
   };
@@ -147,6 +148,8 @@ class VATTN_API PagePool {
   [[nodiscard]] static HolderUsage usage_of(Holder& holder) noexcept;
   [[nodiscard]] std::uint64_t limit_pages() const noexcept { return limit_bytes_ / page_size_; }
   [[nodiscard]] std::uint64_t total_excess() const noexcept;
+  /// Promised to somebody, or on the way to be.
+  [[nodiscard]] std::uint64_t in_use() const noexcept;
   [[nodiscard]] std::uint64_t obtainable() const noexcept;
   [[nodiscard]] std::uint64_t creatable(std::uint64_t pages) const;
   [[nodiscard]] bool anyone_busy() const noexcept;

@@ -16,9 +16,11 @@ std::uint64_t PagePool::total_excess() const noexcept {
   return excess;
 }
 
+std::uint64_t PagePool::in_use() const noexcept { return mapped_ + (transit_ - ahead_transit_ - leaving_) - total_excess(); }
+
 std::uint64_t PagePool::obtainable() const noexcept {
-  const std::uint64_t in_use = mapped_ + (transit_ - ahead_transit_ - leaving_) - total_excess();
-  return limit_pages() > in_use ? limit_pages() - in_use : 0;
+  const std::uint64_t used = in_use();
+  return limit_pages() > used ? limit_pages() - used : 0;
 }
 
 std::uint64_t PagePool::creatable(std::uint64_t pages) const {
@@ -47,6 +49,13 @@ void PagePool::refuse(const Need& need, std::uint64_t available, const std::stri
 }
 
 bool PagePool::make_room(std::unique_lock<std::mutex>& lock, const Need& need) {
+  if (need.promised != 0 && need.pages == 0 && in_use() > limit_pages()) {
+    // All of it is mapped, but the limit was lowered: what is above it is to go, not to be promised again.
+    const std::uint64_t before = in_use() - need.promised;
+    refuse({need.promised, need.promised, need.may_create, need.call, need.way_out},
+           limit_pages() > before ? limit_pages() - before : 0,
+           "more than memory_limit=" + std::to_string(limit_bytes_) + " leaves");
+  }
   if (need.pages == 0) return false;
   if (need.pages + mapped_ > kMostPages) {
     refuse(need, kMostPages,
