@@ -9,7 +9,7 @@ BUILD := build/test
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo test test-gpu test-cpp test-python lint format stubs bench wheel clean
+.PHONY: help demo test test-gpu test-cpp test-python lint format stubs bench fuzz mutants wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,23 @@ stubs: $(READY)  ## write python/vattn/_core.pyi anew from the extension
 
 bench: $(READY)  ## every figure, as JSON lines (docs/performance.md says what each is)
 	scripts/bench $(BIN)
+
+# Under libFuzzer and ASan where there is a clang++, else by mutating the corpus blindly. Finds are in build/fuzz/finds.
+FUZZ_SECONDS ?= 60
+FUZZ_CXX := $(shell command -v clang++ || echo c++)
+fuzz: $(READY)  ## fuzz targets, FUZZ_SECONDS=60 each
+	CXX=$(FUZZ_CXX) $(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DVATTN_BUILD_FUZZ=ON -DVATTN_SANITIZE=address
+	$(BIN)/cmake --build build/fuzz -j $(JOBS) --target fuzz_operations fuzz_driver_trace
+	for target in operations driver_trace; do \
+		mkdir -p build/fuzz/finds build/fuzz/corpus/$$target && \
+		build/fuzz/tests/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=60 -artifact_prefix=build/fuzz/finds/ \
+			build/fuzz/corpus/$$target tests/fuzz/corpus/$$target || exit 1; \
+	done
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/python/test_trace_fuzz.py
+
+mutants: $(READY)  ## seeded bugs, one at a time: how many the tests catch (an hour)
+	$(BIN)/python scripts/mutants.py --jobs $(JOBS)
 
 wheel: $(READY)  ## dist/vattn-*.whl
 	$(BIN)/python -m pip wheel --no-deps -w dist .

@@ -210,6 +210,7 @@ void Growth::work() {
   set_access();
   if (!zero_fill_) return;
   for (const auto& fence : fences_) fence->wait();
+  filling_ = true;
   for (const Range& range : dirty_) holder_.driver().fill_zero(range.at, range.size);
   zero_old_bits();
 }
@@ -336,10 +337,21 @@ void Growth::publish() noexcept {
 }
 
 void Growth::unmap_and_release(bool keep_created) noexcept {
-  // The failed call may be the wait for a fill: nothing is unmapped under work that still runs.
-  if (zero_fill_) try_synchronize(holder_.driver());
+  // The failed call may be the wait for a fill: nothing is unmapped under work that still runs. Where that cannot be known,
+  // what was mapped stays, as surplus.
+  bool idle = true;
+  if (filling_) {
+    try {
+      holder_.driver().synchronize();
+    } catch (const std::exception&) {
+      idle = false;
+    }
+  }
+  filling_ = false;
   for (auto run = runs_.rbegin(); run != runs_.rend(); ++run) {
-    if (run->mapped != 0) {
+    if (run->mapped != 0 && !idle) {
+      run->stuck = true;
+    } else if (run->mapped != 0) {
       try {
         holder_.driver().unmap(address(*run->row, run->have), run->mapped * pool_.page_size());
       } catch (const std::exception&) {

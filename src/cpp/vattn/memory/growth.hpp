@@ -104,6 +104,7 @@ class VATTN_API Growth {
   bool ahead_only_ = false;
   Outcome outcome_;
   bool creating_ = false;
+  bool filling_ = false;  ///< zeroing has begun, and may still run when waiting for it fails
   std::uint64_t missing_ = 0;
   std::uint64_t promised_ = 0;
   std::vector<Entry> entries_;

@@ -149,10 +149,11 @@ bool Mapper::grow(std::unique_lock<std::mutex>& lock, std::size_t group, const E
 bool Mapper::shrink_to_limit(std::unique_lock<std::mutex>& lock) {
   if (pool_.created_ <= pool_.limit_pages()) return false;
   PagePool::Losses losses;
+  const bool had_pending = pool_.coldest({}, true, &holder_).holder != nullptr;
   if (pool_.settle(lock, losses)) return true;
   // Only what work may still use is left. Wait for the oldest of our own.
   const PagePool::Candidate next = pool_.coldest({}, true, &holder_);
-  if (next.holder == nullptr) return false;
+  if (next.holder == nullptr) return had_pending;  // they passed meanwhile: look again
   const Fences fences = holder_.group(next.group).fences;
   lock.unlock();
   for (const auto& fence : fences) fence->wait();

@@ -91,6 +91,8 @@ void PagePool::leave(Holder& holder) noexcept {
     return false;
   };
   while (busy()) idle_.wait(lock);
+  // Its owner waits for the device before anything is unmapped; nobody asks about these any more.
+  for (std::size_t group = 0; group < holder.groups(); ++group) holder.group(group).fences.clear();
   holders_.erase(std::remove(holders_.begin(), holders_.end(), &holder), holders_.end());
   idle_.notify_all();
 }

@@ -91,6 +91,8 @@ class VATTN_API PagePool {
   bool give_up_excess(Holder& holder, std::size_t group) noexcept;
   /// Zeroes what requests left in the excess of a group, once its fences have passed.
   void scrub_excess(Holder& holder, std::size_t group);
+  /// Gives up to `pages` pooled pages back to the driver: what a failed operation had made.
+  void release_pooled(std::uint64_t pages) noexcept;
   /// Unmaps rows whose holder has left and takes their pages; counts what could not be unmapped, and lets go of it.
   void empty(std::span<Row> rows, Losses& losses) noexcept;
 

@@ -194,6 +194,7 @@ bool PagePool::reclaim(std::unique_lock<std::mutex>& lock, std::uint64_t pages) 
       lock.lock();
       return true;
     }
+    if (coldest(refused, false).holder != nullptr) continue;  // its fences passed between the two looks
     if (!anyone_busy()) return false;
     idle_.wait(lock);
     return true;
@@ -295,6 +296,32 @@ void PagePool::scrub_excess(Holder& holder, std::size_t index) {
   holder.each_row(index, [&](Row& row, std::uint8_t kind) {
     if (row.used <= row.accessible) row.used = std::min(row.used, group.held[kind]);
   });
+}
+
+void PagePool::release_pooled(std::uint64_t pages) noexcept {
+  std::unique_lock lock(mutex_);
+  for (; pages != 0 && !pooled_.empty(); --pages) {
+    auto node = pooled_.extract(std::prev(pooled_.end()));
+    ++transit_;
+    ++leaving_;
+    lock.unlock();
+    bool released = true;
+    try {
+      driver_->release(node.value());
+    } catch (const std::exception&) {
+      released = false;
+    }
+    lock.lock();
+    --transit_;
+    --leaving_;
+    idle_.notify_all();
+    if (released) {
+      --created_;
+    } else {
+      pooled_.insert(std::move(node));  // counted, and the next growth's
+      return;
+    }
+  }
 }
 
 bool PagePool::give_up_excess(Holder& holder, std::size_t index) noexcept {

@@ -101,6 +101,7 @@ void GrowableTensor::append(Address rows, std::int64_t count) {
   if (count == 0) return;
   if (rows == 0) throw std::invalid_argument("rows must not be null");
   const std::int64_t old = rows_;
+  const std::uint64_t created = pool_->usage(*holder_).pages_created;
   resize_locked(old + count);
   try {
     driver_->synchronize();  // the rows may come from work that still runs, and a copy does not wait for it
@@ -111,7 +112,9 @@ void GrowableTensor::append(Address rows, std::int64_t count) {
     if (pages < pages_for(old + count)) {
       try_synchronize(*driver_);
       pool_->retire(*holder_, 0, {{pages, 0}, {}, true}, {});
-      pool_->give_up_excess(*holder_, 0);
+      // What was made for this goes, as when a growth fails; what the driver would not unmap stays, and is counted.
+      const std::uint64_t made = pool_->usage(*holder_).pages_created - created;
+      if (pool_->give_up_excess(*holder_, 0)) pool_->release_pooled(made);
     }
     throw;
   }
@@ -185,7 +188,10 @@ void GrowableTensor::close() {
   if (closed_) return;
   PagePool::Losses losses;
   close_locked(losses);
-  if (losses.any()) throw Error("close: closed, but the driver would not take everything back (first: " + losses.reason + ")");
+  if (!losses.any()) return;
+  throw Error("close: closed, but the driver would not take back " + std::to_string(losses.mappings) + " mappings, " +
+              std::to_string(losses.pages) + " pages and " + std::to_string(losses.ranges) +
+              " address ranges (first: " + losses.reason + "). What is left goes when the process ends");
 }
 
 void GrowableTensor::close_locked(PagePool::Losses& losses) noexcept {
