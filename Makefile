@@ -9,7 +9,7 @@ BUILD := build/test
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo test test-gpu test-cpp test-python lint format stubs bench fuzz mutants wheel clean
+.PHONY: coverage sanitize help demo test test-gpu test-cpp test-python lint format stubs bench fuzz mutants wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -63,6 +63,17 @@ fuzz: $(READY)  ## fuzz targets, FUZZ_SECONDS=60 each
 
 mutants: $(READY)  ## seeded bugs, one at a time: how many the tests catch (an hour)
 	$(BIN)/python scripts/mutants.py --jobs $(JOBS)
+
+coverage: $(READY)  ## lines and branches of the C++ core that the C++ tests reach
+	scripts/coverage $(BIN)
+
+sanitize: $(READY)  ## the C++ tests under ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer
+	for kind in thread address,undefined; do \
+		$(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DVATTN_BUILD_TESTS=ON \
+			-DVATTN_SANITIZE=$$kind && \
+		$(BIN)/cmake --build build/$$kind -j $(JOBS) && \
+		VATTN_TEST_TIMEOUT=600 build/$$kind/tests/vattn_tests --gtest_brief=1 || exit 1; \
+	done
 
 wheel: $(READY)  ## dist/vattn-*.whl
 	$(BIN)/python -m pip wheel --no-deps -w dist .

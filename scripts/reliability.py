@@ -1,9 +1,11 @@
-"""Writes docs/reliability.md: each row of the table R1 to R15, the command that shows it, the figure it reached, the date.
+"""Writes docs/reliability.md: each row of the table R1 to R15, what shows it, the figure it reached, the date.
 
-    python scripts/reliability.py [--cpp RESULTS.json] [--python RESULTS.xml] [--mutants RESULT.json] > docs/reliability.md
+    python scripts/reliability.py [--cpp RESULTS.json] [--python RESULTS.xml] [--mutants RESULT.json]
 
-``make reliability`` runs the tests and calls this with what they wrote: gtest's JSON, pytest's JUnit XML, the summary of
-scripts/mutants.py. Promise: a figure here is a count of those files, or a property that a test recorded in them
+Prints the page. ``make reliability`` runs the tests and calls this with what they wrote: gtest's JSON, pytest's JUnit
+XML, the summary of scripts/mutants.py.
+
+Promise: a figure here is a count of those files, or a property that a test recorded in them
 (RecordProperty, record_property); nothing is typed by hand. A row whose files ran no test says so.
 """
 
@@ -38,12 +40,17 @@ ROWS: list[tuple[str, str, list[str], str]] = [
         "graph capture in the models",
     ),
     ("R4", "every committed token keeps what was written", ["pool_model_test.cpp", "test_model.py"], "values on a GPU"),
-    ("R5", "with scrub no request sees another's bytes", ["isolation_test.cpp", "test_warm_slots.py"], "values on a GPU"),
+    (
+        "R5",
+        "with scrub no request sees another's bytes",
+        ["isolation_test.cpp", "test_warm_slots.py"],
+        "values on a GPU",
+    ),
     ("R6", "touching what has no memory faults", ["test_must_fault.py"], "the error of a GPU's context"),
     (
         "R8",
         "threads: counts hold, nothing races, nothing hangs",
-        ["page_pool_test.cpp", "mapper_test.cpp", "test_mapper.py", "test_running_work.py"],
+        ["threads_test.cpp", "page_pool_test.cpp", "mapper_test.cpp", "test_mapper.py", "test_running_work.py"],
         "",
     ),
     (
@@ -80,7 +87,19 @@ class Results:
 
 
 #: What gtest and pytest write about a test besides the properties it recorded.
-GTEST_OWN = {"name", "value_param", "file", "line", "status", "result", "timestamp", "time", "classname", "failures", "skipped"}
+GTEST_OWN = {
+    "name",
+    "value_param",
+    "file",
+    "line",
+    "status",
+    "result",
+    "timestamp",
+    "time",
+    "classname",
+    "failures",
+    "skipped",
+}
 
 
 def read_gtest(path: Path, into: Results) -> None:
