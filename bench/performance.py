@@ -101,7 +101,9 @@ def replay(result: dict[str, Any]) -> str:
         + table(rows)
         + f"\n{result['finished']:,} of {result['requests']:,} requests finished, in {result['seconds']:.1f} s of "
         f"real time on `--device meta`: the real allocator, {calls['driver_calls']:,} driver calls, a step "
-        f"{calls['step_us_p50']:.1f} us at the median and {calls['step_us_p99']:.1f} us at the 99th percentile. Azure "
+        f"{calls['step_us_p50']:.1f} us at the median and {calls['step_us_p99']:.1f} us at the 99th percentile. Of "
+        f"{calls['prompts']:,} admissions after the first 500, {calls['prompts_without_create']:.1%} had no page "
+        f"created for them, and {calls['prompts_without_driver_call']:.1%} found all their memory mapped. Azure "
         "LLM inference trace 2023 (conversation), CC-BY 4.0, Patel et al., ISCA 2024.\n"
     )
 
