@@ -34,9 +34,7 @@ Growth::Outcome Growth::commit(const char* call, const char* way_out) {
     } catch (const OutOfMemoryError& error) {
       // The device has less than the budget allows: once more, with what others can spare in place of new pages.
       const bool again = may_create && creating_;
-      unmap_and_release(again);
-      lock.lock();
-      undo_counts(again);
+      undo(lock, again);
       if (!again || missing_ > pool_.pooled_.size() + pool_.total_excess() + pool_.ahead_transit_) {
         unpromise();
         release_spare();
@@ -47,9 +45,7 @@ Growth::Outcome Growth::commit(const char* call, const char* way_out) {
       }
       may_create = false;
     } catch (...) {
-      unmap_and_release(false);
-      lock.lock();
-      undo_counts(false);
+      undo(lock, false);
       unpromise();
       release_spare();
       throw;
@@ -82,9 +78,7 @@ Growth::Ahead Growth::commit_ahead(std::unique_lock<std::mutex>& lock) {
   try {
     work();
   } catch (...) {
-    unmap_and_release(false);
-    lock.lock();
-    undo_counts(false);
+    undo(lock, false);
     throw;
   }
   lock.lock();
@@ -334,6 +328,12 @@ void Growth::publish() noexcept {
   }
   if (!runs_.empty()) set_busy(false);
   if (!ahead_only_) PagePool::wake(holder_);
+}
+
+void Growth::undo(std::unique_lock<std::mutex>& lock, bool keep_created) noexcept {
+  unmap_and_release(keep_created);
+  lock.lock();
+  undo_counts(keep_created);
 }
 
 void Growth::unmap_and_release(bool keep_created) noexcept {

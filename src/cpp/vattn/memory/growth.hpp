@@ -94,6 +94,8 @@ class VATTN_API Growth {
   void map_pages();
   void set_access();
   void zero_old_bits();
+  /// What work() did, with the lock free before and held after.
+  void undo(std::unique_lock<std::mutex>& lock, bool keep_created) noexcept;
   void unmap_and_release(bool keep_created) noexcept;
 
   [[nodiscard]] Address address(const Row& row, std::size_t page) const noexcept { return row.base + page * pool_.page_size(); }

@@ -184,6 +184,9 @@ class VATTN_API PagePool {
   [[nodiscard]] Candidate coldest(const Refused& refused, bool pending, const Holder* of = nullptr) noexcept;
   /// Unmaps `pages` pages (at most) of a group's excess and pools them. The lock is released meanwhile. How many it got.
   std::uint64_t take_back(std::unique_lock<std::mutex>& lock, Candidate from, std::uint64_t pages, Losses* losses);
+  /// Gives one pooled page to the driver. The lock is released meanwhile. False: the driver refused, and the page is pooled as
+  /// before.
+  bool release_one(std::unique_lock<std::mutex>& lock, std::set<PageHandle>::iterator page, Losses* losses) noexcept;
   /// Takes back up to `pages` pages, waiting for others and for fences if need be. False: there is nothing to take.
   bool reclaim(std::unique_lock<std::mutex>& lock, std::uint64_t pages);
 

@@ -202,6 +202,30 @@ bool PagePool::reclaim(std::unique_lock<std::mutex>& lock, std::uint64_t pages) 
   return true;
 }
 
+bool PagePool::release_one(std::unique_lock<std::mutex>& lock, std::set<PageHandle>::iterator page, Losses* losses) noexcept {
+  auto node = pooled_.extract(page);
+  ++transit_;
+  ++leaving_;
+  lock.unlock();
+  bool released = true;
+  try {
+    driver_->release(node.value());
+  } catch (const std::exception& error) {
+    if (losses != nullptr) losses->note(losses->pages, error);
+    released = false;
+  }
+  lock.lock();
+  --transit_;
+  --leaving_;
+  idle_.notify_all();
+  if (released) {
+    --created_;
+  } else {
+    pooled_.insert(std::move(node));
+  }
+  return released;
+}
+
 bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexcept {
   // One at a time: two would each take back what one must.
   while (settling_) idle_.wait(lock);
@@ -217,26 +241,9 @@ bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexce
                                      [&](PageHandle page) { return refused_pages.find(page) == refused_pages.end(); });
       if (last != pooled_.rend()) {
         const PageHandle page = *last;
-        auto node = pooled_.extract(page);
-        ++transit_;
-        ++leaving_;
-        lock.unlock();
-        bool released = true;
-        try {
-          driver_->release(page);
-        } catch (const std::exception& error) {
-          losses.note(losses.pages, error);
-          released = false;
-        }
-        lock.lock();
-        --transit_;
-        --leaving_;
-        idle_.notify_all();
-        if (released) {
-          --created_;
+        if (release_one(lock, std::prev(last.base()), &losses)) {
           any = true;
         } else {
-          pooled_.insert(std::move(node));
           refused_pages.insert(page);
           below = page;
         }
@@ -301,26 +308,7 @@ void PagePool::scrub_excess(Holder& holder, std::size_t index) {
 void PagePool::release_pooled(std::uint64_t pages) noexcept {
   std::unique_lock lock(mutex_);
   for (; pages != 0 && !pooled_.empty(); --pages) {
-    auto node = pooled_.extract(std::prev(pooled_.end()));
-    ++transit_;
-    ++leaving_;
-    lock.unlock();
-    bool released = true;
-    try {
-      driver_->release(node.value());
-    } catch (const std::exception&) {
-      released = false;
-    }
-    lock.lock();
-    --transit_;
-    --leaving_;
-    idle_.notify_all();
-    if (released) {
-      --created_;
-    } else {
-      pooled_.insert(std::move(node));  // counted, and the next growth's
-      return;
-    }
+    if (!release_one(lock, std::prev(pooled_.end()), nullptr)) return;  // it stays, counted, and is the next growth's
   }
 }
 
