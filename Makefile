@@ -6,10 +6,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/test
+RESULTS := $(CURDIR)/build/results
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: coverage sanitize help demo test test-gpu test-cpp test-python lint format stubs bench fuzz mutants wheel clean
+.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench fuzz sanitize sanitize-address sanitize-thread coverage \
+	mutants reliability soak wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -23,10 +25,12 @@ test: test-cpp test-python  ## every test that needs no GPU
 # The C++ tests run the CUDA driver on the fake libcuda; so do the Python ones, through VATTN_FAKE_CUDA.
 test-cpp: $(READY) $(BUILD)/build.ninja
 	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
-	VATTN_CUDA_LIBRARY=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BUILD)/tests/vattn_tests --gtest_brief=1
+	VATTN_CUDA_LIBRARY=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BUILD)/tests/vattn_tests --gtest_brief=1 \
+		--gtest_output=json:$(RESULTS)/cpp.json
 
 test-python: test-cpp
-	VATTN_FAKE_CUDA=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BIN)/python -m pytest
+	VATTN_FAKE_CUDA=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BIN)/python -m pytest \
+		--junitxml=$(RESULTS)/python.xml -o junit_family=xunit1
 
 test-gpu: $(READY) $(BUILD)/build.ninja  ## the CUDA driver's tests, unchanged, on the GPU of this machine
 	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
@@ -49,31 +53,48 @@ bench: $(READY)  ## every figure, as JSON lines (docs/performance.md says what e
 
 # Under libFuzzer and ASan where there is a clang++, else by mutating the corpus blindly. Finds are in build/fuzz/finds.
 FUZZ_SECONDS ?= 60
-FUZZ_CXX := $(shell command -v clang++ || echo c++)
 fuzz: $(READY)  ## fuzz targets, FUZZ_SECONDS=60 each
-	CXX=$(FUZZ_CXX) $(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DVATTN_BUILD_FUZZ=ON -DVATTN_SANITIZE=address
+	scripts/need clang >/dev/null || true
+	CXX=$$(command -v clang++ || echo c++) $(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DVATTN_BUILD_FUZZ=ON -DVATTN_SANITIZE=address
 	$(BIN)/cmake --build build/fuzz -j $(JOBS) --target fuzz_operations fuzz_driver_trace
+	mkdir -p build/fuzz/finds $(RESULTS)
 	for target in operations driver_trace; do \
-		mkdir -p build/fuzz/finds build/fuzz/corpus/$$target && \
-		build/fuzz/tests/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=60 -artifact_prefix=build/fuzz/finds/ \
-			build/fuzz/corpus/$$target tests/fuzz/corpus/$$target || exit 1; \
+		mkdir -p build/fuzz/corpus/$$target && \
+		build/fuzz/tests/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=60 -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/finds/ build/fuzz/corpus/$$target tests/fuzz/corpus/$$target > $(RESULTS)/fuzz_$$target.log 2>&1 || \
+			{ tail -n 60 $(RESULTS)/fuzz_$$target.log; exit 1; }; \
+		tail -n 8 $(RESULTS)/fuzz_$$target.log; \
 	done
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/python/test_trace_fuzz.py
+
+sanitize: sanitize-thread sanitize-address  ## the C++ tests under TSan, and under ASan and UBSan; Python over the latter
+
+sanitize-thread sanitize-address: sanitize-%: $(READY)
+	scripts/sanitize $(BIN) $* $(JOBS) $(RESULTS)
+
+coverage: $(READY)  ## lines and branches of the C++ core that the C++ tests reach
+	scripts/coverage $(BIN) $(RESULTS)
 
 mutants: $(READY)  ## seeded bugs, one at a time: how many the tests catch (an hour)
 	$(BIN)/python scripts/mutants.py --jobs $(JOBS)
 
-coverage: $(READY)  ## lines and branches of the C++ core that the C++ tests reach
-	scripts/coverage $(BIN)
+# What it reads was written to build/results by the other targets; what was not run is called so on the page.
+reliability: test fuzz sanitize coverage  ## run all that shows it, then write docs/reliability.md
+	$(BIN)/python scripts/reliability.py $(RESULTS) > build/reliability.md
+	mv build/reliability.md docs/reliability.md
 
-sanitize: $(READY)  ## the C++ tests under ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer
-	for kind in thread address,undefined; do \
-		$(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DVATTN_BUILD_TESTS=ON \
-			-DVATTN_SANITIZE=$$kind && \
-		$(BIN)/cmake --build build/$$kind -j $(JOBS) && \
-		VATTN_TEST_TIMEOUT=600 build/$$kind/tests/vattn_tests --gtest_brief=1 || exit 1; \
-	done
+# Every test that has a long form, seed after seed; each takes its own part of the time.
+MINUTES ?= 60
+soak: $(READY) $(BUILD)/build.ninja  ## the long form of the reliability tests, MINUTES=60 in all
+	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
+	VATTN_SOAK_MINUTES=$(MINUTES) VATTN_TEST_TIMEOUT=0 VATTN_CUDA_LIBRARY=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so \
+		$(BUILD)/tests/vattn_tests --gtest_filter='*/PoolModel.*:*/Threads.*:*/Isolation.*:*/Leaks.*' \
+		--gtest_output=json:$(RESULTS)/soak/cpp.json
+	VATTN_SOAK_MINUTES=$(MINUTES) VATTN_FAKE_CUDA=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so \
+		$(BIN)/python -m pytest -o faulthandler_timeout=0 --junitxml=$(RESULTS)/soak/python.xml -o junit_family=xunit1 \
+		tests/python/test_model.py tests/python/test_leaks.py tests/python/test_kill.py tests/python/test_must_fault.py
+	$(MAKE) fuzz FUZZ_SECONDS=$$(( $(MINUTES) * 2 ))
 
 wheel: $(READY)  ## dist/vattn-*.whl
 	$(BIN)/python -m pip wheel --no-deps -w dist .
@@ -82,7 +103,7 @@ clean:
 	rm -rf $(VENV) build dist
 
 $(BUILD)/build.ninja: $(READY) CMakeLists.txt src/CMakeLists.txt tests/CMakeLists.txt
-	scripts/need_gtest
+	scripts/need gtest
 	$(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
 
 # The environment: torch first, pinned where there is none, since the newest build of it would bring gigabytes of CUDA along.

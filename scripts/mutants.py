@@ -2,7 +2,8 @@
 """Seeded bugs: applies the patches of tests/mutants one at a time, and counts those that the tests catch.
 
     python scripts/mutants.py [--only NAME]... [--jobs N] [--timeout SECONDS]   writes tests/mutants/result.json
-    python scripts/mutants.py --check                                           only: does every patch still apply?
+    python scripts/mutants.py --survivors    those that survived last time; brings that result up to date
+    python scripts/mutants.py --check        only: does every patch still apply?
 
 A patch is a bug that a tired engineer could make. Its first line says which: ``# what``; a line ``# python: FILE...``
 names Python tests that look for it as well as the C++ ones. Everything happens in a copy of the tracked files under
@@ -135,7 +136,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def run(command: list[str], timeout: float, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit status and the end of what it printed; 124 where it ran out of time."""
+    """Exit status and what it printed; 124 where it ran out of time."""
     try:
         done = subprocess.run(
             command,
@@ -149,8 +150,8 @@ def run(command: list[str], timeout: float, env: dict[str, str] | None = None) -
         )
     except subprocess.TimeoutExpired as error:
         text = error.stdout or b""
-        return 124, (text if isinstance(text, str) else text.decode(errors="replace"))[-4000:]
-    return done.returncode, done.stdout[-4000:]
+        return 124, text if isinstance(text, str) else text.decode(errors="replace")
+    return done.returncode, done.stdout
 
 
 def tool(name: str) -> str:
@@ -221,7 +222,7 @@ def run_mutants(mutants: list[Mutant], jobs: int, timeout: float) -> list[dict[s
     copy_tree()
     status, text = build(jobs, with_python)
     if status != 0:
-        raise SystemExit(f"the unchanged library does not build:\n{text}")
+        raise SystemExit(f"the unchanged library does not build:\n{text[-4000:]}")
     for what, test in (
         ("C++", lambda: cpp_tests(timeout)),
         *(
@@ -232,7 +233,7 @@ def run_mutants(mutants: list[Mutant], jobs: int, timeout: float) -> list[dict[s
     ):
         status, text = test()
         if status != 0:
-            raise SystemExit(f"the tests ({what}) fail without any mutant:\n{text}")
+            raise SystemExit(f"the tests ({what}) fail without any mutant:\n{text[-4000:]}")
     results: list[dict[str, object]] = []
     for mutant in mutants:
         start = time.monotonic()
@@ -243,7 +244,16 @@ def run_mutants(mutants: list[Mutant], jobs: int, timeout: float) -> list[dict[s
         for file in mutant.hunks:
             (TREE / file).write_bytes((ROOT / file).read_bytes())
         seconds = round(time.monotonic() - start)
-        results.append({"name": mutant.name, "what": mutant.what, "outcome": outcome, "by": by, "seconds": seconds})
+        results.append(
+            {
+                "name": mutant.name,
+                "what": mutant.what,
+                "outcome": outcome,
+                "by": by,
+                "seconds": seconds,
+                "commit": commit(),
+            }
+        )
         print(f"{outcome:8}  {mutant.name}: {mutant.what} ({seconds} s{'; ' + by if by else ''})", flush=True)
     return results
 
@@ -255,17 +265,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one run of the tests")
     parser.add_argument("--output", type=Path, help="where the result goes; tests/mutants/result.json for a whole run")
+    parser.add_argument("--survivors", action="store_true", help="only those that survived last time")
     options = parser.parse_args(arguments)
     problems = check()
     for problem in problems:
         print(problem)
     if problems or options.check:
         return 1 if problems else 0
+    before = (
+        json.loads((MUTANTS / "result.json").read_text()) if options.survivors else {"mutants": [], "survivors": []}
+    )
+    options.only = [*(options.only or ()), *before["survivors"]]
     mutants = [mutant for mutant in read_mutants() if not options.only or mutant.name in options.only]
     unknown = set(options.only or ()) - {mutant.name for mutant in mutants}
     if unknown:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
     results = run_mutants(mutants, options.jobs, options.timeout)
+    again = {one["name"] for one in results}
+    results = sorted(
+        [*results, *(one for one in before["mutants"] if one["name"] not in again)], key=lambda one: one["name"]
+    )
     count = {
         outcome: sum(1 for one in results if one["outcome"] == outcome) for outcome in ("caught", "survived", "broken")
     }
@@ -278,7 +297,7 @@ def main(arguments: list[str]) -> int:
         "survivors": [one["name"] for one in results if one["outcome"] == "survived"],
         "mutants": results,
     }
-    output = options.output or (None if options.only else MUTANTS / "result.json")
+    output = options.output or (MUTANTS / "result.json" if options.survivors or not options.only else None)
     if output:
         output.write_text(json.dumps(summary, indent=2) + "\n")
     print(f"{count['caught']} of {len(results)} caught; survivors: {', '.join(summary['survivors']) or 'none'}")

@@ -56,6 +56,40 @@ TEST_F(CudaFailure, ALibraryThatIsNotCudaIsRefused) {
   EXPECT_TRUE(contains(error.what(), "libm.so.6") && contains(error.what(), "cuGetProcAddress")) << error.what();
 }
 
+TEST_F(CudaFailure, ADriverFromBeforeCuda12IsAskedInTheFirstAbi) {
+  ::setenv("VATTN_CUDA_LIBRARY", VATTN_FAKE_CUDA_V1, 1);
+  const auto driver = open_cuda_driver(1);
+  EXPECT_EQ(driver->traits().tensor_device, TensorDevice::kCuda);
+  EXPECT_EQ(driver->traits().tensor_device_index, 1);
+  driver->release(driver->create(kPage, 0));
+  fake_cuda_hide("cuMemSetAccess");
+  EXPECT_EQ(error_of([] { (void)open_cuda_driver(0); }).call, "cuGetProcAddress");
+}
+
+TEST_F(CudaFailure, TheSystemsLibraryIsOpenedWhereNoneIsNamed) {
+  ::setenv("VATTN_CUDA_LIBRARY", "", 1);
+  EXPECT_EQ(probe_cuda().library, "libcuda.so.1");
+  ::unsetenv("VATTN_CUDA_LIBRARY");
+  EXPECT_EQ(probe_cuda().library, "libcuda.so.1");
+}
+
+TEST_F(CudaFailure, ADeviceBeyondTheLastIsRefusedWithTheirNumber) {
+  for (const auto& [devices, words] : {std::pair{1, "sees 1 device"}, {2, "sees 2 devices"}}) {
+    fake_cuda_set_devices(devices);
+    const std::string message = message_of([] { (void)open_cuda_driver(7); });
+    EXPECT_TRUE(contains(message, "cuda:7") && message.ends_with(words)) << message;
+  }
+}
+
+TEST_F(CudaFailure, ACodeWithoutANameIsReportedByItsNumber) {
+  const auto driver = open_cuda_driver(0);
+  fake_cuda_fail("cuMemCreate", 1, 12345, 0);
+  const DriverError error = error_of([&] { (void)driver->create(kPage, 0); });
+  EXPECT_EQ(error.code, 12345);
+  EXPECT_EQ(error.name, "unrecognised CUresult");
+  EXPECT_TRUE(contains(error.what(), "no text for this code")) << error.what();
+}
+
 TEST_F(CudaFailure, AMissingRequiredEntryIsNamed) {
   fake_cuda_hide("cuMemSetAccess");
   const DriverError error = error_of([] { (void)open_cuda_driver(0); });

@@ -2,6 +2,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "child_process.hpp"
 #include "cuda_driver_fixture.hpp"
 
 namespace vattn {
@@ -47,7 +48,7 @@ TEST_F(CudaDriverTest, AForkedChildGetsClosedErrorAndCallsNothing) {
     good = good && driver->home(base) == 0;
     driver.reset();
     if (cuda::on_fake()) good = good && fake_cuda_violations() == 0;
-    ::_exit(good ? 0 : 1);
+    leave(good);
   }
   int status = -1;
   ASSERT_EQ(::waitpid(child, &status, 0), child);
@@ -67,7 +68,7 @@ TEST_F(CudaDriverTest, AForkedChildThatOpensCudaIsToldWhy) {
   ASSERT_GE(child, 0);
   if (child == 0) {
     const std::string message = message_of([] { (void)open_cuda_driver(0); });
-    ::_exit(contains(message, "CUDA_ERROR_NOT_INITIALIZED") && contains(message, "spawn") ? 0 : 1);
+    leave(contains(message, "CUDA_ERROR_NOT_INITIALIZED") && contains(message, "spawn"));
   }
   int status = -1;
   ASSERT_EQ(::waitpid(child, &status, 0), child);

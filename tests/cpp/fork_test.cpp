@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "child_process.hpp"
 #include "drivers_under_test.hpp"
 #include "vattn/kv/kv_cache.hpp"
 #include "vattn/tensor/growable_tensor.hpp"
@@ -18,7 +19,7 @@ class Fork : public testing::TestWithParam<DriverUnderTest> {
   static void expect_in_child(const std::function<bool()>& body) {
     const pid_t child = ::fork();
     ASSERT_GE(child, 0);
-    if (child == 0) ::_exit(body() ? 0 : 1);
+    if (child == 0) leave(body());
     int status = -1;
     ASSERT_EQ(::waitpid(child, &status, 0), child);
     EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "child_process.hpp"
 #include "vattn/kv/kv_cache.hpp"
 
 namespace vattn {
@@ -88,7 +89,7 @@ TEST(HostDriver, AForkedChildIsRefusedAndTheParentKeepsItsBytes) {
       ++refused;
     }
     cache.reset();
-    ::_exit(refused == 2 ? 0 : 1);
+    leave(refused == 2);
   }
   int status = 0;
   ASSERT_EQ(::waitpid(child, &status, 0), child);

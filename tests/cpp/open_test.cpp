@@ -2,7 +2,7 @@
 #include "vattn/driver/open.hpp"
 
 #include "cuda_driver_fixture.hpp"
-#include "vattn/driver/decorators/decorator.hpp"
+#include "vattn/driver/decorators/counting_driver.hpp"
 #include "vattn/driver/host/host_driver.hpp"
 #include "vattn/kv/kv_cache.hpp"
 #include "vattn/tensor/growable_tensor.hpp"
@@ -29,6 +29,20 @@ TEST(OpenDevice, NamesGoThereAndBack) {
   EXPECT_EQ(parse_device("cuda"), (Device{Device::Kind::kCuda, 0}));
   EXPECT_EQ(parse_device("cpu:0"), Device{});
   EXPECT_EQ(parse_device("meta:0"), kMeta);
+}
+
+TEST(OpenDevice, DevicesAreEqualInKindAndNumber) {
+  EXPECT_NE(parse_device("cuda:0"), parse_device("cuda:1"));
+  EXPECT_NE(parse_device("cpu"), kMeta);
+  EXPECT_EQ(parse_device("cuda:1"), (Device{Device::Kind::kCuda, 1}));
+}
+
+TEST(OpenDevice, WhatIsAliveIsEqualInEveryCount) {
+  const CountingDriver::Alive some{.pages = 1, .reservations = 2, .fences = 3};
+  EXPECT_EQ(some, (CountingDriver::Alive{.pages = 1, .reservations = 2, .fences = 3}));
+  EXPECT_NE(some, (CountingDriver::Alive{.pages = 0, .reservations = 2, .fences = 3}));
+  EXPECT_NE(some, (CountingDriver::Alive{.pages = 1, .reservations = 0, .fences = 3}));
+  EXPECT_NE(some, (CountingDriver::Alive{.pages = 1, .reservations = 2, .fences = 0}));
 }
 
 TEST(OpenDevice, WhatIsNoDeviceIsNamed) {

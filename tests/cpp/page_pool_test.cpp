@@ -187,6 +187,18 @@ TEST_P(SharedPool, LimitsMoveLive) {
   a.step({{0, 16 * 20}});
 }
 
+TEST_P(SharedPool, ALoweredLimitReleasesPooledPagesDownToItAndNoFurther) {
+  const auto pool = pool_of(20);
+  {
+    KVCache gone(config_, pool);
+    gone.alloc();
+    gone.step({{0, 16 * 10}});
+  }
+  EXPECT_EQ(pool->stats().created_bytes, 20 * page_) << "a closed cache's pages are the pool's";
+  pool->set_memory_limit(static_cast<std::int64_t>(7 * page_));
+  EXPECT_EQ(pool->stats().created_bytes, 7 * page_);
+}
+
 TEST_P(SharedPool, WhatIsAboveALoweredLimitIsNotPromisedAgain) {
   const auto pool = pool_of(20);
   KVCache a(config_, pool);

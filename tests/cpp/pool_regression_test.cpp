@@ -156,6 +156,41 @@ TEST(PoolRegression, AMapperTurnedAwayWhileAStepLooksForPagesComesBack) {
   EXPECT_EQ(b.committed_len(0), 48) << "there was room all the time";
 }
 
+TEST(PoolRegression, AMapperLeavesThePagesThatAStepIsTakingBack) {
+  const std::int64_t page = 4096;
+  const auto hook = std::make_shared<HookDriver>(open_null_driver());
+  const auto pool =
+      PagePool::make({Device::Kind::kMeta}, hook, static_cast<std::size_t>(page), static_cast<std::uint64_t>(16 * page));
+  CacheConfig config = small(page);
+  config.page_size = {};
+  KVCache idle(config, pool);
+  KVCache grows(config, pool);
+  config.lookahead_tokens = 16;
+  config.warm_tokens = 0;
+  KVCache ahead(config, pool);
+  ahead.alloc();
+  ahead.step({{0, 16}});
+  ahead.settle();  // a page ahead in both rows: four pages
+  for (const std::int64_t slot : {0, 1, 2}) {
+    idle.alloc();
+    idle.step({{slot, 32}});
+  }
+  for (const std::int64_t slot : {0, 1, 2}) idle.free(slot);  // twelve warm pages: all that is left
+  grows.alloc();
+  int unmaps = 0;
+  std::atomic<int> maps{0};
+  hook->hook = [&](Verb verb) {
+    if (verb == Verb::kMap) ++maps;
+    if (verb != Verb::kUnmap || ++unmaps != 5) return;
+    // The look-ahead is gone and its mapper awake, one slot's pages are pooled, and the step goes on to the next slot's.
+    std::this_thread::sleep_for(50ms);
+    EXPECT_EQ(maps, 0) << "the mapper took what a step is looking for";
+  };
+  grows.step({{0, 16 * 6}});
+  hook->hook = nullptr;
+  EXPECT_GE(unmaps, 5);
+}
+
 TEST(PoolRegression, LoweringTheLimitDoesNotTakeWhatAStepMayHave) {
   const std::int64_t page = 4096;
   const auto hook = std::make_shared<HookDriver>(open_null_driver());

@@ -162,6 +162,36 @@ TEST_F(Retirement, RecordedStreamsAreWaitedForToo) {
   fake_cuda_stream_destroy(copies);
 }
 
+TEST_F(Retirement, TwoRecordedStreamsOneOfThemTwiceAreWaitedForOnce) {
+  KVCache cache(config_, Device{}, driver_);
+  const Stream copies = fake_cuda_stream_create(0);
+  cache.record_stream(stream_);
+  cache.record_stream(copies);
+  cache.record_stream(stream_);
+  cache.alloc();
+  cache.step({{0, 64}});
+  const auto k = cache.view(0, 0).k;
+  const std::uint64_t kernel = read_slot(cache, 0);
+  const std::uint64_t copy = fake_cuda_kernel_begin_on(copies, k.address, static_cast<std::size_t>(page_), -1);
+  cache.free(0, stream_);
+  EXPECT_EQ(driver_->alive().fences, 2) << "one a stream";
+  fake_cuda_kernel_end(kernel);
+  EXPECT_EQ(cache.stats().retired_bytes, pages(2 * 4)) << "the copies still run";
+  EXPECT_EQ(cache.alloc(), 0) << "both streams were told to wait";
+  const std::uint64_t next = fake_cuda_kernel_begin_on(stream_, k.address, static_cast<std::size_t>(page_), 0);
+  EXPECT_EQ(fake_cuda_kernel_end(next), 1) << "it is behind the copies";
+  fake_cuda_kernel_end(copy);
+  EXPECT_EQ(cache.stats().retired_bytes, 0U);
+  fake_cuda_set_capturing(copies, 1);
+  EXPECT_THROW(cache.free(0, stream_), Error) << "a recorded stream is being captured";
+  fake_cuda_set_capturing(copies, 0);
+  fake_cuda_set_capturing(stream_, 1);
+  EXPECT_THROW(cache.free(0), Error);
+  fake_cuda_set_capturing(stream_, 0);
+  cache.free(0);
+  fake_cuda_stream_destroy(copies);
+}
+
 TEST_F(Retirement, WithoutAStreamTheDeviceIsWaitedFor) {
   KVCache cache(config_, Device{}, driver_);
   cache.alloc();
@@ -169,6 +199,35 @@ TEST_F(Retirement, WithoutAStreamTheDeviceIsWaitedFor) {
   static_cast<void>(read_slot(cache, 0, 2000));
   cache.free(0);
   EXPECT_EQ(cache.stats().retired_bytes, 0U);
+}
+
+TEST_F(Retirement, ATensorThatShrinksWaitsForTheDeviceFirst) {
+  const auto pool = PagePool::make(Device{Device::Kind::kCuda, 0}, driver_, static_cast<std::size_t>(page_), pages(8));
+  GrowableTensor shrinks({.row_shape = {page_}, .max_rows = 8, .dtype = DType::kUInt8}, pool);
+  GrowableTensor grows({.row_shape = {page_}, .max_rows = 8, .dtype = DType::kUInt8}, pool);
+  shrinks.resize(8);
+  static_cast<void>(fake_cuda_kernel_begin_on(stream_, shrinks.view().address, pages(8), 20'000));
+  shrinks.resize(0);
+  grows.resize(8);  // unmaps the pages; under the kernel that is a violation
+}
+
+TEST_F(Retirement, ALimitBelowWhatIsRetiredIsNotExceededByAPage) {
+  const auto pool = PagePool::make(Device{Device::Kind::kCuda, 0}, driver_, static_cast<std::size_t>(page_), pages(40));
+  KVCache cache(config_, pool);
+  GrowableTensor tensor({.row_shape = {page_}, .max_rows = 8, .dtype = DType::kUInt8}, pool);
+  cache.alloc();
+  cache.step({{0, 16 * 8}});
+  const auto kernel = read_slot(cache, 0);
+  cache.truncate(0, 16 * 2, stream_);
+  pool->set_memory_limit(6 * page_);
+  EXPECT_EQ(pool->stats().created_bytes, pages(16)) << "the kernel keeps them";
+  std::thread end([&] {
+    std::this_thread::sleep_for(50ms);
+    fake_cuda_kernel_end(kernel);
+  });
+  EXPECT_THROW(tensor.resize(3), OutOfMemoryError) << "four are held, two are left";
+  end.join();
+  tensor.resize(2);
 }
 
 TEST_F(Retirement, ScrubbedMemoryIsZeroedOnlyAfterTheLastKernelReadIt) {

@@ -209,5 +209,67 @@ TEST(TraceDriverTest, WritesToAStreamAtOnce) {
   EXPECT_EQ(out.str(), "vattn-trace 1 dropped=0\nreserve 4096 fault = 100000000\nsynchronize\n");
 }
 
+/// Fails the next call with an error of the test's choosing.
+class Refusing final : public Decorator {
+ public:
+  Refusing() : Decorator(open_null_driver()) {}
+  std::function<void()> refuse{};
+
+ protected:
+  void before(Verb /*verb*/) override {
+    if (refuse) std::exchange(refuse, nullptr)();
+  }
+};
+
+TEST(TraceDriverTest, NamesWhatWasThrown) {
+  const auto refusing = std::make_shared<Refusing>();
+  TraceDriver driver(refusing);
+  refusing->refuse = [] { throw OutOfMemoryError("full", 1, 0, 0); };
+  EXPECT_THROW(driver.synchronize(), OutOfMemoryError);
+  refusing->refuse = [] { throw ClosedError("closed"); };
+  EXPECT_THROW(driver.synchronize(), ClosedError);
+  refusing->refuse = [] { throw std::runtime_error("anything else"); };
+  EXPECT_THROW((void)driver.create(4096, 0), std::runtime_error);
+  EXPECT_EQ(driver.text(),
+            "vattn-trace 1 dropped=0\n"
+            "synchronize ! OutOfMemoryError\n"
+            "synchronize ! ClosedError\n"
+            "create 4096 0 ! other\n");
+}
+
+TEST(TraceDriverTest, WritesDownFencesAndCopies) {
+  if (!cuda::on_fake()) GTEST_SKIP() << "runs on streams of the fake";
+  fake_cuda_reset();
+  const Stream stream = fake_cuda_stream_create(0);
+  const Stream other = fake_cuda_stream_create(0);
+  {
+    std::ostringstream out;
+    TraceDriver driver(open_cuda_driver(0), out);
+    const std::size_t size = driver.traits().default_page_size;
+    const Address base = driver.reserve(size, UnmappedReads::kFault);
+    const PageHandle page = driver.create(size, 0);
+    driver.map(base, size, page);
+    driver.set_access(base, size);
+    out.str("");
+    const FenceHandle fence = driver.record(stream);
+    driver.wait_on(other, fence);
+    driver.wait(fence);
+    EXPECT_TRUE(driver.has_passed(fence));
+    EXPECT_FALSE(driver.is_capturing(stream));
+    driver.drop(fence);
+    driver.copy(base, base + 64, 32);
+    std::ostringstream expected;
+    expected << std::hex << "record " << stream << " = " << fence << "\nwait_on " << other << " " << fence << "\nwait " << fence
+             << "\nhas_passed " << fence << " = 1\nis_capturing " << stream << " = 0\ndrop " << fence << "\ncopy " << base
+             << " " << base + 64 << " 32\n";
+    EXPECT_EQ(out.str(), expected.str());
+    driver.unmap(base, size);
+    driver.release(page);
+    driver.release_range(base, size);
+  }
+  fake_cuda_stream_destroy(stream);
+  fake_cuda_stream_destroy(other);
+}
+
 }  // namespace
 }  // namespace vattn

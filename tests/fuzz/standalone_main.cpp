@@ -172,5 +172,7 @@ int main(int argc, char** argv) {
     if (!run(mutator.mutate(corpus))) return 1;
   }
   std::fprintf(stderr, "%llu mutations in %.0f s, no finds\n", static_cast<unsigned long long>(done), passed());
+  // As libFuzzer's -print_final_stats=1 has it.
+  std::fprintf(stderr, "stat::number_of_executed_units: %llu\n", static_cast<unsigned long long>(corpus.size() + done));
   return 0;
 }

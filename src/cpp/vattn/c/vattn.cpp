@@ -27,7 +27,7 @@ thread_local std::string last_error;  // NOLINT: the C interface's errno; each t
 vattn_status fail(vattn_status status, const char* message) noexcept {
   try {
     last_error = message;
-  } catch (const std::exception&) {
+  } catch (...) {
     last_error.clear();
   }
   return status;

@@ -27,7 +27,7 @@ class Fence {
     if (passed_.load(std::memory_order_acquire)) return true;
     try {
       if (!driver_->has_passed(handle_)) return false;
-    } catch (const std::exception&) {
+    } catch (...) {
       return false;
     }
     passed_.store(true, std::memory_order_release);

@@ -244,12 +244,12 @@ void Growth::create(Taken& taken, Address at) {
   try {
     driver.release(taken.victim);
     taken.victim = 0;
-  } catch (const std::exception&) {
+  } catch (...) {
     // The old page cannot go, so the new one must. If that fails too there is a page more than the budget, and it is counted.
     try {
       driver.release(taken.page);
       use_victim();
-    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    } catch (...) {  // NOLINT(bugprone-empty-catch)
     }
   }
 }
@@ -343,7 +343,7 @@ void Growth::unmap_and_release(bool keep_created) noexcept {
   if (filling_) {
     try {
       holder_.driver().synchronize();
-    } catch (const std::exception&) {
+    } catch (...) {
       idle = false;
     }
   }
@@ -354,7 +354,7 @@ void Growth::unmap_and_release(bool keep_created) noexcept {
     } else if (run->mapped != 0) {
       try {
         holder_.driver().unmap(address(*run->row, run->have), run->mapped * pool_.page_size());
-      } catch (const std::exception&) {
+      } catch (...) {
         run->stuck = true;
       }
     }
@@ -364,7 +364,7 @@ void Growth::unmap_and_release(bool keep_created) noexcept {
       try {
         holder_.driver().release(taken.page);
         taken.page = 0;
-      } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+      } catch (...) {  // NOLINT(bugprone-empty-catch)
         // Stays, pooled and counted.
       }
     }
@@ -375,7 +375,7 @@ void Growth::undo_counts(bool keep_created) noexcept {
   if (keep_created) {
     try {
       spare_.reserve(missing_);
-    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    } catch (...) {  // NOLINT(bugprone-empty-catch)
       // Then they stay pooled, and counted.
     }
   }
@@ -416,7 +416,7 @@ void Growth::release_spare() noexcept {
     try {
       holder_.driver().release(page);
       --pool_.created_;
-    } catch (const std::exception&) {
+    } catch (...) {
       pool_.keep(page);
     }
   }

@@ -67,7 +67,7 @@ void Mapper::run() noexcept {
     failed_ = false;
     try {
       again = work(lock);
-    } catch (const std::exception&) {
+    } catch (...) {
       // Undone by whoever threw; a step that cannot do without meets the same error itself.
       if (!lock.owns_lock()) lock.lock();
       failed_ = true;

@@ -8,13 +8,19 @@
 
 namespace vattn {
 
-void PagePool::Losses::note(std::uint64_t& count, const std::exception& error) noexcept {
+void PagePool::Losses::note_failure(std::uint64_t& count) noexcept {
   ++count;
   if (!reason.empty()) return;
   try {
-    reason = error.what();
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
-    // No memory for the words; the count stands.
+    throw;
+  } catch (const std::exception& error) {
+    try {
+      reason = error.what();
+    } catch (...) {  // NOLINT(bugprone-empty-catch)
+      // No memory for the words; the count stands.
+    }
+  } catch (...) {  // NOLINT(bugprone-empty-catch)
+    // A driver of somebody's own that throws what has no words.
   }
 }
 
@@ -203,12 +209,12 @@ void PagePool::keep(PageHandle page) noexcept {
   try {
     pooled_.insert(page);
     return;
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+  } catch (...) {  // NOLINT(bugprone-empty-catch)
     // No memory to remember the page by: give it back instead.
   }
   try {
     driver_->release(page);
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+  } catch (...) {  // NOLINT(bugprone-empty-catch)
     // Lost to this pool; it goes with the driver. The count below keeps the books true.
   }
   --created_;
@@ -220,8 +226,8 @@ void PagePool::empty(std::span<Row> rows, Losses& losses) noexcept {
     bool unmapped = true;
     try {
       driver_->unmap(row.base, row.pages.size() * page_size_);
-    } catch (const std::exception& error) {
-      losses.note(losses.mappings, error);
+    } catch (...) {
+      losses.note_failure(losses.mappings);
       unmapped = false;
     }
     const std::lock_guard lock(mutex_);
@@ -236,7 +242,7 @@ void PagePool::empty(std::span<Row> rows, Losses& losses) noexcept {
       --created_;
       try {
         driver_->release(page);
-      } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+      } catch (...) {  // NOLINT(bugprone-empty-catch)
         // Neither unmapped nor released: it goes with the driver, and the caller reports it.
       }
     }

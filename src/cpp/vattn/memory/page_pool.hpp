@@ -42,7 +42,8 @@ class VATTN_API PagePool {
     std::string reason;
 
     [[nodiscard]] bool any() const noexcept { return pages + mappings + ranges != 0; }
-    void note(std::uint64_t& count, const std::exception& error) noexcept;
+    /// In a catch clause: one more, for the reason that was caught.
+    void note_failure(std::uint64_t& count) noexcept;
   };
 
   /// A pool to share. `memory_limit` in bytes, at least one page; none: 90 % of what is free now. std::invalid_argument.

@@ -145,8 +145,8 @@ std::uint64_t PagePool::take_back(std::unique_lock<std::mutex>& lock, Candidate 
     try {
       driver_->unmap(cut.row->base + cut.keep * page_size_, gone * page_size_);
       cut.done = true;
-    } catch (const std::exception& error) {
-      if (losses != nullptr) losses->note(losses->mappings, error);
+    } catch (...) {
+      if (losses != nullptr) losses->note_failure(losses->mappings);
     }
   }
 
@@ -210,8 +210,8 @@ bool PagePool::release_one(std::unique_lock<std::mutex>& lock, std::set<PageHand
   bool released = true;
   try {
     driver_->release(node.value());
-  } catch (const std::exception& error) {
-    if (losses != nullptr) losses->note(losses->pages, error);
+  } catch (...) {
+    if (losses != nullptr) losses->note_failure(losses->pages);
     released = false;
   }
   lock.lock();
@@ -257,7 +257,7 @@ bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexce
         below = std::numeric_limits<PageHandle>::max();
       }
     }
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+  } catch (...) {  // NOLINT(bugprone-empty-catch)
     // No memory to note what was refused: tried again with the next call.
   }
   settling_ = false;
@@ -320,7 +320,7 @@ bool PagePool::give_up_excess(Holder& holder, std::size_t index) noexcept {
   bool all = false;
   try {
     all = take_back(lock, {&holder, index}, excess, nullptr) == excess;
-  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+  } catch (...) {  // NOLINT(bugprone-empty-catch)
     // No memory for the list of cuts: what is not needed stays mapped, and is excess like any other.
   }
   Losses losses;

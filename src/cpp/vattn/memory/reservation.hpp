@@ -23,7 +23,7 @@ class Reservation {
   ~Reservation() {
     try {
       release();
-    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    } catch (...) {  // NOLINT(bugprone-empty-catch)
       // Nobody is left to tell; whoever wants to know called release().
     }
   }

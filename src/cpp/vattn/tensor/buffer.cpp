@@ -34,8 +34,8 @@ void Buffer::release(PagePool::Losses& losses) noexcept {
       ++losses.ranges;
       reservation_.abandon();
     }
-  } catch (const std::exception& error) {
-    losses.note(losses.ranges, error);
+  } catch (...) {
+    losses.note_failure(losses.ranges);
   }
 }
 

@@ -106,6 +106,7 @@ class HostDriver final : public Driver {
   host::MappingWall wall_;
   std::uint64_t next_window_ = kFirstWindow;
   std::map<std::uint64_t, std::size_t> unplaced_;  ///< pages in the compact region, by offset
+  bool holds_old_bytes_ = false;                   ///< somewhere in the file, where no page is
   std::int64_t extents_ = 0;                       ///< kernel mappings that this driver's reservations are made of
 };
 
@@ -202,6 +203,7 @@ PageHandle HostDriver::create(std::size_t size, Address near) {
   table_.note_create(handle_at(offset), size);
   try {
     if (!placed) unplaced_.emplace(offset, size);
+    if (holds_old_bytes_) file_.punch(offset, size);
     file_.allocate(offset, size);
   } catch (...) {
     forget(offset);
@@ -299,7 +301,8 @@ void HostDriver::unmap(Address at, std::size_t size) {
       forget(offset_of(page));
       file_.punch(offset_of(page), bytes);
     } catch (const DriverError&) {  // NOLINT(bugprone-empty-catch)
-      // The bytes go when the file is closed; the mapping is gone, which is what was asked for.
+      // The mapping is gone, which is what was asked for. The bytes go when the file is closed, or before a page is made there.
+      holds_old_bytes_ = true;
     }
   });
   extents_ += extents_around(range, range.mapped.lower_bound(at), at, size) - before;
