@@ -10,8 +10,8 @@ RESULTS := $(CURDIR)/build/results
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench fuzz sanitize sanitize-address sanitize-thread coverage \
-	mutants reliability soak wheel clean
+.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench bench-check bench-record instructions-program fuzz \
+	sanitize sanitize-address sanitize-thread coverage mutants reliability soak wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +50,20 @@ stubs: $(READY)  ## write python/vattn/_core.pyi anew from the extension
 
 bench: $(READY)  ## every figure, as JSON lines (docs/performance.md says what each is)
 	scripts/bench $(BIN)
+
+# Counts depend on compiler and flags, so these are built in one way whatever the environment says.
+INSTRUCTIONS := build/instructions
+bench-check: instructions-program  ## fail where the library spends 5 % more instructions than recorded
+	$(BIN)/python scripts/instructions.py check $(INSTRUCTIONS)
+
+bench-record: instructions-program  ## record the instructions it spends now, in bench/instructions.json
+	$(BIN)/python scripts/instructions.py record $(INSTRUCTIONS)
+
+instructions-program: $(READY)
+	scripts/need valgrind
+	$(BIN)/cmake -S . -B $(INSTRUCTIONS) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_CXX_FLAGS= -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O2 -g -DNDEBUG" -DVATTN_BUILD_TESTS=OFF -DVATTN_BUILD_BENCH=ON
+	$(BIN)/cmake --build $(INSTRUCTIONS) -j $(JOBS) --target bench_instructions
 
 # Under libFuzzer and ASan where there is a clang++, else by mutating the corpus blindly. Finds are in build/fuzz/finds.
 FUZZ_SECONDS ?= 60

@@ -1,15 +1,11 @@
-// What does a step cost that grows nothing? 256 active slots, one length each, with the mapper thread there and done.
-//
-//   bench_step            medians of many rounds, as JSON
-//   bench_step --count N  N steps and no clock: the difference of two callgrind runs is the cost of a step in instructions
+// What does a step cost that grows nothing? 256 active slots, one length each, with the mapper thread there and done: medians
+// of many rounds, as JSON. instructions.cpp has the same step without a clock.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
 #include "timing.hpp"
 #include "vattn/vattn.hpp"
 
-int main(int argc, char** argv) {
+int main() {
   constexpr std::int64_t kSlots = 256;
   constexpr int kSteps = 1000;
   constexpr int kRounds = 201;
@@ -26,10 +22,6 @@ int main(int argc, char** argv) {
   const auto steps = [&] {
     for (int i = 0; i < kSteps; ++i) cache.step(std::span<const std::int64_t>(lengths));
   };
-  if (argc > 2 && std::strcmp(argv[1], "--count") == 0) {
-    for (long i = std::atol(argv[2]); i > 0; --i) cache.step(std::span<const std::int64_t>(lengths));
-    return 0;
-  }
   std::vector<double> rounds;
   for (int round = 0; round < kRounds; ++round) rounds.push_back(bench::seconds(steps) / kSteps * 1e9);
   std::printf("{\"bench\": \"step\", \"slots\": %ld, \"median_ns\": %.1f, \"min_ns\": %.1f, \"driver_calls\": %llu}\n",

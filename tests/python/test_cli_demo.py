@@ -10,6 +10,7 @@ import pytest
 
 from vattn.tools import demo
 from vattn.tools.cli import main
+from vattn.tools.curve import plain_curves
 from vattn.tools.synthetic import write_trace
 
 
@@ -21,6 +22,7 @@ def arm(tokens: list[int]) -> dict[str, Any]:
         "token_ms": 20.0,
         "peak_bytes": 600 * 1024**2,
         "model_bytes": 400 * 1024**2,
+        "curve": [[4097 + i, (500 + i) * 1024**2] for i in range(100)],
         "memory": "resident memory",
         "device": "CPU, 2 threads",
         "model": "27M parameters, float32",
@@ -44,6 +46,48 @@ def test_equal_tokens_are_status_0_and_both_tables_are_shown(
     assert "the tokens are the same" in out
     assert "peak while decoding" in out
     assert "paged, 16 tokens" in out
+    assert "resident memory beyond the model's: the most since the line above" in out
+    (last,) = [line for line in out.splitlines() if line.startswith(" 4,196 ")]
+    assert last.split() == ["4,196", "#" * 24, "199", "MiB", "#" * 24, "199", "MiB"]
+    assert out.isascii()
+
+
+def test_a_curve_shows_the_most_of_each_stretch_on_one_scale_from_zero() -> None:
+    points = list(range(1, 17))
+    peak = [0] * 16
+    peak[4] = 480  # in a stretch of two, and lost if only its last point were shown
+    shown = plain_curves("title", "tokens", points, [("a", peak), ("b", [120] * 16)]).splitlines()
+    assert shown[0] == "title"
+    assert [line.split()[0] for line in shown[3:]] == ["2", "4", "6", "8", "10", "12", "14", "16"]
+    assert shown[5].split() == ["6", "#" * 24, "480", "B", "#" * 6, "120", "B"]
+    assert shown[3].split() == ["2", "0", "B", "#" * 6, "120", "B"]
+
+
+def test_a_curve_of_one_point_of_less_than_nothing_is_no_error() -> None:
+    # Resident memory may fall below what the model alone had.
+    assert "-" in plain_curves("", "tokens", [5], [("a", [-4096])])
+
+
+def test_a_picture_of_a_generation_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    assert main(["demo", "--plot", str(tmp_path / "demo.png")]) == 2
+    error = capsys.readouterr().err
+    assert "it shows the generation, and that needs torch: pip install torch" in error
+    assert error.count("\n") == 1
+
+
+def test_the_picture_is_made_beside_the_text(
+    trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "_run_arm", lambda _cache, *_options: arm([1, 2, 3]))
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--trace", trace, "--plot", str(picture)]) == 0
+    assert f"the picture is in {picture}" in capsys.readouterr().out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_different_tokens_are_status_1(
@@ -92,5 +136,8 @@ def test_both_caches_generate_the_same_and_measure_time_and_memory(monkeypatch: 
     for result in (dynamic, ours):
         assert result["prompt_tokens"] == 200
         assert result["peak_bytes"] > result["model_bytes"] > 0
+        # The first token is the prompt's; from then on one a token, and the last is not in the cache yet.
+        assert [tokens for tokens, _ in result["curve"]] == list(range(201, 200 + len(result["tokens"])))
+        assert max(held for _, held in result["curve"]) == result["peak_bytes"]
         assert result["token_ms"] > 0
         assert result["first_token_s"] > 0

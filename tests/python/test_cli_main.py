@@ -27,7 +27,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command() -> None:
     done = vattn_command("--help")
     assert done.returncode == 0
-    for command in ("info", "plan", "replay", "demo", "--cmake-dir", "--version"):
+    for command in ("info", "plan", "replay", "demo", "--cmake-dir", "--pkgconfig-dir", "--version"):
         assert command in done.stdout
 
 
@@ -48,23 +48,38 @@ def test_bad_usage_is_one_line_and_status_2(arguments: list[str]) -> None:
     assert "error: " in done.stderr
 
 
-def test_cmake_dir_is_printed_where_the_package_has_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+FOLDERS = [("--cmake-dir", "lib/cmake/vattn", "vattnConfig.cmake"), ("--pkgconfig-dir", "lib/pkgconfig", "vattn.pc")]
+
+
+@pytest.mark.parametrize(("option", "place", "file"), FOLDERS)
+def test_a_folder_for_builds_is_printed_where_the_package_has_one(
+    option: str,
+    place: str,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = tmp_path / "lib" / "cmake" / "vattn"
+    folder = tmp_path / place
     folder.mkdir(parents=True)
-    (folder / "vattnConfig.cmake").touch()
+    (folder / file).touch()
     monkeypatch.setattr(vattn, "__path__", [str(tmp_path / "elsewhere"), str(tmp_path)])
-    assert main(["--cmake-dir"]) == 0
+    assert main([option]) == 0
     assert capsys.readouterr().out == f"{folder.resolve()}\n"
 
 
-def test_cmake_dir_of_a_copy_without_one_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("option", "place", "file"), FOLDERS)
+def test_a_folder_for_builds_of_a_copy_without_one_is_an_error(
+    option: str,
+    place: str,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(vattn, "__path__", [str(tmp_path)])
-    assert main(["--cmake-dir"]) == 2
-    assert "no vattnConfig.cmake in" in capsys.readouterr().err
+    assert main([option]) == 2
+    assert f"no {file} in {tmp_path / place}" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error_message() -> None:

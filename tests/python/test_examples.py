@@ -94,6 +94,44 @@ def test_c_program_needs_no_cmake(prefix: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "two_requests").endswith("all as it should be\n")
 
 
+@pytest.fixture(params=["package", "prefix"])
+def pkg_config(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment in which pkg-config finds vattn."""
+    if shutil.which("pkg-config", path=PATH) is None:
+        pytest.skip("pkg-config is not installed")
+    if request.param == "package":
+        return {"PKG_CONFIG_PATH": run(sys.executable, "-m", "vattn", "--pkgconfig-dir").strip()}
+    (file,) = request.getfixturevalue("prefix").glob("lib*/**/pkgconfig/vattn.pc")
+    return {"PKG_CONFIG_PATH": str(file.parent)}
+
+
+@pytest.mark.parametrize("language", ["C", "C++"])
+def test_programs_build_with_pkg_config(language: str, pkg_config: dict[str, str], tmp_path: Path) -> None:
+    flags = run("pkg-config", "--cflags", "--libs", "vattn", **pkg_config).split()
+    program = tmp_path / "program"
+    if language == "C":
+        run(CC, "-std=c99", "-Wall", "-Werror", EXAMPLES / "c" / "two_requests.c", *flags, "-o", program)
+    else:
+        run(CXX, "-std=c++20", EXAMPLES / "cpp" / "growing_attention.cpp", *flags, "-o", program)
+    libraries = run("pkg-config", "--variable=libdir", "vattn", **pkg_config).strip()
+    printed = run(program, LD_LIBRARY_PATH=libraries)
+    assert "all as it should be" in printed or "every attention output equals the reference" in printed
+
+
+def test_a_prefix_may_be_moved_and_pkg_config_follows(prefix: Path, tmp_path: Path) -> None:
+    if shutil.which("pkg-config", path=PATH) is None:
+        pytest.skip("pkg-config is not installed")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(prefix, moved, symlinks=True)
+    (file,) = moved.glob("lib*/**/pkgconfig/vattn.pc")
+    assert str(prefix) not in file.read_text()
+    for variable in ("libdir", "includedir"):
+        folder = Path(run("pkg-config", f"--variable={variable}", "vattn", PKG_CONFIG_PATH=str(file.parent)).strip())
+        assert folder.is_dir()
+        assert folder.resolve().is_relative_to(moved)
+    assert run("pkg-config", "--modversion", "vattn", PKG_CONFIG_PATH=str(file.parent)).strip() == vattn.__version__
+
+
 @pytest.fixture(scope="module")
 def engine_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engine as pip installs it; scikit-build-core finds vattn by its entry point, no path is passed."""

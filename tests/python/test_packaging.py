@@ -23,6 +23,7 @@ import vattn
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = ROOT / "python" / "vattn" / "_core.pyi"
+EXAMPLES = [("cc", "-std=c99", "c/two_requests.c"), ("c++", "-std=c++20", "cpp/growing_attention.cpp")]
 FORBIDDEN = re.compile(r"lib(cuda|cudart|nvidia|nv|torch|c10|python)[^/]*\.so")
 META_CACHE = """
 import sys, vattn
@@ -175,6 +176,7 @@ def test_wheel_holds_what_users_need(wheel: Path) -> None:
         "vattn/lib/cmake/vattn/vattnConfig.cmake",
         "vattn/lib/cmake/vattn/vattnConfigVersion.cmake",
         "vattn/lib/cmake/vattn/vattnTargets.cmake",
+        "vattn/lib/pkgconfig/vattn.pc",
         "vattn/include/vattn.h",
         "vattn/include/vattn/vattn.hpp",
     }
@@ -225,6 +227,25 @@ def test_wheel_works_alone_and_without_torch(unpacked: Path) -> None:
     assert Path(place).is_relative_to(unpacked)
     folder = run(sys.executable, "-S", "-m", "vattn", "--cmake-dir", PYTHONPATH=str(unpacked)).strip()
     assert Path(folder) == unpacked / "vattn" / "lib" / "cmake" / "vattn"
+
+
+@pytest.mark.parametrize(("compiler", "standard", "source"), EXAMPLES, ids=["C", "C++"])
+def test_wheel_serves_pkg_config_wherever_it_lies(
+    compiler: str, standard: str, source: str, unpacked: Path, tmp_path: Path
+) -> None:
+    if shutil.which("pkg-config") is None or shutil.which(compiler) is None:
+        pytest.skip(f"pkg-config or {compiler} is not installed")
+    folder = run(sys.executable, "-S", "-m", "vattn", "--pkgconfig-dir", PYTHONPATH=str(unpacked)).strip()
+    assert Path(folder) == unpacked / "vattn" / "lib" / "pkgconfig"
+    ask = ("pkg-config", "--print-errors", "vattn")
+    assert run(*ask, "--modversion", PKG_CONFIG_PATH=folder).strip() == vattn.__version__
+    flags = run(*ask, "--cflags", "--libs", PKG_CONFIG_PATH=folder).split()
+    program = tmp_path / "program"
+    run(compiler, standard, ROOT / "examples" / source, *flags, "-o", program)
+    # Nothing says where the library is: the program itself has to know.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_wheel_names_no_folder_of_the_machine_that_built_it(wheel: Path, unpacked: Path) -> None:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     try:
         args = parser.parse_args(argv)
-        if args.version or args.cmake_dir:
+        if args.version or args.cmake_dir or args.pkgconfig_dir:
             return _about(args)
         if args.command is None:
             parser.error("give a command: info, plan, replay or demo")
@@ -73,22 +73,22 @@ def _about(args: argparse.Namespace) -> int:
     if args.version:
         print(f"vattn {version()}")
     if args.cmake_dir:
-        print(_cmake_dir())
+        print(_folder_of("lib/cmake/vattn", "vattnConfig.cmake"))
+    if args.pkgconfig_dir:
+        print(_folder_of("lib/pkgconfig", "vattn.pc"))
     return 0
 
 
-def _cmake_dir() -> str:
-    """The folder a C++ project passes as ``vattn_DIR``."""
+def _folder_of(folder: str, file: str) -> str:
+    """The package's folder of that name, with the file that a C++ project's build looks for in it."""
     import vattn
 
     # Every place of the package: an editable install keeps its Python files in one and what was built in another.
-    places = [Path(place) / "lib" / "cmake" / "vattn" for place in vattn.__path__]
-    for folder in places:
-        if (folder / "vattnConfig.cmake").is_file():
-            return str(folder.resolve())
-    raise UsageError(
-        f"no vattnConfig.cmake in {places[0]}: this copy of vattn is not an installed one; run pip install on it"
-    )
+    places = [Path(place) / folder for place in vattn.__path__]
+    for place in places:
+        if (place / file).is_file():
+            return str(place.resolve())
+    raise UsageError(f"no {file} in {places[0]}: this copy of vattn is not an installed one; run pip install on it")
 
 
 def make_parser() -> Parser:
@@ -96,6 +96,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="vattn", description="Growable contiguous tensors for LLM KV caches.")
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("--cmake-dir", action="store_true", help="print the folder that holds vattnConfig.cmake")
+    help_pkgconfig = "print the folder that holds vattn.pc, for PKG_CONFIG_PATH"
+    parser.add_argument("--pkgconfig-dir", action="store_true", help=help_pkgconfig)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_info(commands)
     _add_plan(commands)
@@ -112,7 +114,7 @@ def _add_info(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
-    about = "How many requests fit a budget, and what pages cost, by arithmetic."
+    about = "How many requests fit a budget, what pages cost, and which to use, by arithmetic."
     parser = commands.add_parser("plan", help="how many requests fit a budget", description=about)
     options.add_geometry(parser)
     options.add_pages(parser, page_size="2MiB")
@@ -125,6 +127,8 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="N[,N...]",
         help="typical lengths of a request, prompt and answer together (default: 1000,4000,16000 up to --max-seq-len)",
     )
+    help_waste = "what the suggested pages may waste of the memory of the shortest of --tokens (default: 5)"
+    parser.add_argument("--max-waste", type=options.percent, default=5.0, metavar="PERCENT", help=help_waste)
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
@@ -157,6 +161,7 @@ def _add_replay(commands: argparse._SubParsersAction[Parser]) -> None:
     help_verify = "write a pattern into every token and check it before the slot is freed (cpu and cuda; needs torch)"
     parser.add_argument("--verify", action="store_true", help=help_verify)
     parser.add_argument("--json", metavar="FILE", help="write the figures there too (-: to standard output, alone)")
+    _add_plot(parser, "draw memory and running requests over time")
 
 
 def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -166,6 +171,11 @@ def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("demo", help="see it work, in about a minute", description=about)
     parser.add_argument("--device", type=_device, metavar="cpu|cuda[:N]", help="(default: cuda where there is a GPU)")
     parser.add_argument("--trace", metavar="TRACE.csv", help="replay this trace (default: one made up on the spot)")
+    _add_plot(parser, "draw the memory of both caches against tokens")
+
+
+def _add_plot(parser: Parser, what: str) -> None:
+    parser.add_argument("--plot", metavar="FILE.png", help=f"{what} (.png, .svg or .pdf; pip install 'vattn[bench]')")
 
 
 def _device(text: str) -> str:

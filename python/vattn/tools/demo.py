@@ -2,7 +2,8 @@
 
 First a Llama with random weights generates the same text twice, once with transformers' DynamicCache and once with
 VattnCache, each in a process of its own, so that one's memory is not counted as the other's; the tokens must be equal.
-Then a short replay with its table. Without torch or transformers the first part is left out, with a line that says so.
+A curve shows what each held while the tokens came, as text and with ``--plot`` as a picture too. Then a short replay
+with its table. Without torch or transformers the first part is left out, with a line that says so.
 Thread: the main one.
 """
 
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from vattn.sizes import format_size
+from vattn.tools import plots
+from vattn.tools.curve import plain_curves
 from vattn.tools.geometry import find_model
 from vattn.tools.options import CheckError, UsageError
 from vattn.tools.synthetic import write_trace
@@ -26,6 +29,8 @@ from vattn.tools.table import print_table
 
 # Long enough for a stuck machine to be told from a slow one.
 _ARM_TIMEOUT_S = 600
+
+_INSTALL = "pip install torch 'transformers>=5.17,<6'"
 
 _REPLAY_REQUESTS = 4000  # of a trace that was given: a taste of it
 
@@ -49,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
     """The command: generate twice and compare, then replay."""
     if args.device == "meta":
         raise UsageError("argument --device: the demo computes, and meta has no memory: use cpu or cuda")
-    same = _generate(args.device)
+    plots.check(args.plot)
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing and args.plot:
+        raise UsageError(
+            f"argument --plot: it shows the generation, and that needs {' and '.join(missing)}: {_INSTALL}"
+        )
+    same = _left_out(missing) if missing else _generate(args.device, args.plot)
     print()
     _replay(args.trace)
     if not same:
@@ -57,13 +68,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(device: str | None) -> bool:
+def _left_out(missing: list[str]) -> bool:
+    print(f"generation needs torch and transformers: {' and '.join(missing)} not installed, so it is left out")
+    print(f"  {_INSTALL}")
+    return True
+
+
+def _generate(device: str | None, plot: str | None) -> bool:
     """Both caches' generation, side by side; False if the tokens differ."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"generation needs torch and transformers: {' and '.join(missing)} not installed, so it is left out")
-        print("  pip install torch 'transformers>=5.17,<6'")
-        return True
     print("a Llama with random weights generates with each cache, in a process of its own ...", flush=True)
     arms = {name: _run_arm(name, *([device] if device else [])) for name in ("dynamic", "vattn")}
     dynamic, ours = arms["dynamic"], arms["vattn"]
@@ -75,7 +87,10 @@ def _generate(device: str | None) -> bool:
         [f"{dynamic['memory']}, peak while decoding", *(format_size(arm["peak_bytes"]) for arm in arms.values())],
         ["of it, more than the model", *(format_size(arm["peak_bytes"] - arm["model_bytes"]) for arm in arms.values())],
     ]
-    print_table(f"{dynamic['model']} on {dynamic['device']}", ["", "DynamicCache", "VattnCache"], rows)
+    title = f"{dynamic['model']} on {dynamic['device']}"
+    print_table(title, ["", "DynamicCache", "VattnCache"], rows)
+    print()
+    _show_curves(title, dynamic, ours, plot)
     if same:
         print("the tokens are the same")
     else:
@@ -83,6 +98,21 @@ def _generate(device: str | None) -> bool:
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours["tokens"]))
         print(f"the tokens DIFFER, from generated token {first} on")
     return same
+
+
+def _show_curves(title: str, dynamic: dict[str, Any], ours: dict[str, Any], plot: str | None) -> None:
+    """What both held beyond the model while the tokens came."""
+    what = f"{dynamic['memory']} beyond the model's"
+    tokens = [point[0] for point in dynamic["curve"]]
+    held = {
+        name: [point[1] - arm["model_bytes"] for point in arm["curve"]]
+        for name, arm in (("DynamicCache", dynamic), ("VattnCache", ours))
+    }
+    print(plain_curves(f"{what}: the most since the line above", "tokens", tokens, list(held.items())))
+    if plot:
+        figure = plots.memory_figure(title, what, [(name, tokens, values) for name, values in held.items()])
+        plots.save(figure, plot)
+        print(f"the picture is in {plot}")
 
 
 def _run_arm(cache: str, *options: str) -> dict[str, Any]:

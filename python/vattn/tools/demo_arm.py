@@ -1,9 +1,10 @@
 """One side of the demo's comparison: ``python -m vattn.tools.demo_arm dynamic|vattn [DEVICE [PROMPT_TOKENS]]`` in a
 process of its own.
 
-Prints one line of JSON: the tokens, the times and the memory. Both sides run the very same code but for the cache they
-pass to ``generate``. Memory is the most that was held while decoding: resident memory on the host, what the device has
-less of on a GPU. Thread: the main one of its process.
+Prints one line of JSON: the tokens, the times, the memory and its curve. Both sides run the very same code but for the
+cache they pass to ``generate``. Memory is the most that was held while decoding: resident memory on the host, what the
+device has less of on a GPU. The curve has, for every token, the most that was held since the one before; to read it is
+part of a token's time, some tens of microseconds on either side. Thread: the main one of its process.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ MAX_SEQ_LEN = 131_072
 
 
 class Clock:
-    """A streamer for ``generate``: notes when each token arrives, and resets the memory peak after the first."""
+    """A streamer for ``generate``: notes when each token arrives and what was held for it; what the prompt took is left
+    out.
+    """
 
     def __init__(self, memory: HostMemory | DeviceMemory) -> None:
         self.memory = memory
         self.times: list[float] = []
+        self.held: list[int] = []  # bytes, from the second token on
         self.prompt_seen = False
 
     def put(self, _tokens: torch.Tensor) -> None:
@@ -41,7 +45,10 @@ class Clock:
             return
         if not self.times:
             self.memory.reset_peak()  # the prompt's activations are the model's, not the cache's
+            self.times.append(time.perf_counter())
+            return
         self.times.append(time.perf_counter())
+        self.held.append(self.memory.peak_since())
 
     def end(self) -> None:
         pass
@@ -55,11 +62,18 @@ class HostMemory:
     def current(self) -> int:
         return self._status("VmRSS")
 
-    def peak(self) -> int:
-        return self._status("VmHWM")
-
     def reset_peak(self) -> None:
         trim()
+        self._forget_peak()
+
+    def peak_since(self) -> int:
+        """The peak since the last call."""
+        peak = self._status("VmHWM")
+        self._forget_peak()
+        return peak
+
+    @staticmethod
+    def _forget_peak() -> None:
         # A sandbox without this file counts the prompt's activations in, on both sides.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -84,7 +98,8 @@ class DeviceMemory:
         torch.cuda.empty_cache()
         return self._taken() - self.before
 
-    def peak(self) -> int:
+    def peak_since(self) -> int:
+        """What is held now: the peak too."""
         # Neither allocator gives anything back to the device while decoding, so the end is the peak.
         return self._taken() - self.before
 
@@ -142,7 +157,9 @@ def main(which: str, device_name: str | None = None, prompt_tokens: str | None =
         "prompt_tokens": length,
         "first_token_s": clock.times[0] - start,
         "token_ms": (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1) * 1000,
-        "peak_bytes": memory.peak(),
+        "peak_bytes": max(clock.held),
+        # The last token is not in the cache yet when it arrives.
+        "curve": [[length + 1 + i, held] for i, held in enumerate(clock.held)],
         "model_bytes": model_bytes,
         "memory": memory.name,
         "device": torch.cuda.get_device_name(device)

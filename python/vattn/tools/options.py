@@ -76,9 +76,17 @@ def _number(text: str) -> float:
     return value
 
 
+def _percent(text: str) -> float:
+    value = _number(text)
+    if value >= 100:
+        raise ValueError(f"must be below 100 percent, not {text!r}")
+    return value
+
+
 positive = _checked(lambda text: _integer(text, 1))
 non_negative = _checked(lambda text: _integer(text, 0))
 positive_number = _checked(_number)
+percent = _checked(_percent)
 size = _checked(lambda text: parse_size(text, "size"))
 token_counts = _checked(lambda text: [_integer(part, 1) for part in text.split(",")])
 

@@ -72,6 +72,13 @@ class PageMath:
         """Memory a request of ``tokens`` takes."""
         return self.page_size * sum(count * -(-tokens * token // self.page_size) for count, token in self.rows)
 
+    def mapped_over(self, first: int, last: int) -> int:
+        """Memory that requests of every length from ``first`` to ``last`` take, together."""
+        return self.page_size * sum(
+            count * (_sum_of_ceilings(last, token, self.page_size) - _sum_of_ceilings(first - 1, token, self.page_size))
+            for count, token in self.rows
+        )
+
     def pages_grown(self, tokens: int) -> float:
         """Pages a slot takes, in the long run, while it grows by ``tokens``: of any length, not from 0."""
         return sum(count * tokens * token for count, token in self.rows) / self.page_size
@@ -90,6 +97,21 @@ class PageMath:
         waste = [self.waste_bytes(tokens) for tokens in range(1, min(considered, period) + 1)]
         periods, rest = divmod(considered, len(waste))
         return max(waste), (periods * sum(waste) + sum(waste[:rest])) / considered
+
+
+def _sum_of_ceilings(count: int, token: int, page: int) -> int:
+    """Sum of ``ceil(n * token / page)`` over n from 1 to ``count``, in logarithmic time."""
+    # ceil(n * token / page) = floor((n * token + page - 1) / page): the lattice points under a line, counted as in
+    # Euclid's algorithm by taking whole multiples out and exchanging the axes.
+    total, n, a, b, m = 0, count + 1, token, page - 1, page
+    while n > 0:
+        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        top = a * n + b
+        n, b, a, m = top // m, top % m, m, a
+        if m == 0:
+            break
+    return total
 
 
 def paged_bytes(geometry: Geometry, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""``vattn plan``: what pages cost a model's requests, and how many fit a budget.
+"""``vattn plan``: what pages cost a model's requests, how many fit a budget, and which pages to use.
 
 Promise: pure arithmetic (pages.py), no cache, no device, nothing installed; the same numbers a KVCache of those
 parameters counts. Thread: the main one.
@@ -15,12 +15,14 @@ from vattn.sizes import format_size, parse_size
 from vattn.tools.geometry import Geometry
 from vattn.tools.options import UsageError, geometry_of
 from vattn.tools.pages import PUBLISHED_CALL_US, PageMath, paged_bytes
+from vattn.tools.suggest import in_words, suggest, to_json
 from vattn.tools.table import print_table
 
 DEFAULT_PAGE_SIZE = 2 * 1024**2
 OTHER_PAGE_SIZES = tuple(mib * 1024**2 for mib in (2, 4, 8, 16, 32, 64))
 GROWN_TOKENS = 1000  # what the calls of a page size are counted for
 DEFAULT_TOKENS = (1000, 4000, 16_000)
+DEFAULT_MAX_WASTE = 5.0  # percent
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         layers_per_tensor=args.layers_per_tensor,
         max_seq_len=args.max_seq_len,
         tokens=args.tokens,
+        max_waste=args.max_waste / 100,
     )
     if args.json:
         print(json.dumps(plan, indent=2))
@@ -50,6 +53,7 @@ def make_plan(
     layers_per_tensor: int,
     max_seq_len: int,
     tokens: list[int] | None = None,
+    max_waste: float = DEFAULT_MAX_WASTE / 100,
 ) -> dict[str, Any]:
     """Everything ``plan --json`` prints."""
     try:
@@ -81,6 +85,7 @@ def make_plan(
         "choices": _choices(pages, max_seq_len) if layout == "NHD" else [],
         "call_us": PUBLISHED_CALL_US,
         "page_sizes": _page_sizes(pages, lengths, memory, max_seq_len),
+        "suggestion": to_json(suggest(pages, _sizes(page_size), min(lengths), max_waste), lengths, memory),
     }
 
 
@@ -119,6 +124,11 @@ def _choices(pages: PageMath, max_seq_len: int) -> list[dict[str, Any]]:
     return found
 
 
+def _sizes(asked_for: int) -> list[int]:
+    """Page sizes looked at: a GPU's, and the one asked for, so that smaller ones (a host's) only count if asked for."""
+    return sorted({asked_for, *OTHER_PAGE_SIZES})
+
+
 def _page_sizes(pages: PageMath, lengths: list[int], memory: int, max_seq_len: int) -> list[dict[str, Any]]:
     """What larger pages cost (memory that holds nothing) and save (driver calls).
 
@@ -127,7 +137,7 @@ def _page_sizes(pages: PageMath, lengths: list[int], memory: int, max_seq_len: i
     the pool needs no create, so real ones are fewer.
     """
     found = []
-    for size in sorted({pages.page_size, *OTHER_PAGE_SIZES}):
+    for size in _sizes(pages.page_size):
         other = replace(pages, page_size=size)
         worst, mean = other.waste_over(max_seq_len)
         grown = other.pages_grown(GROWN_TOKENS)
@@ -193,6 +203,8 @@ def _print(plan: dict[str, Any]) -> None:
         )
     print()
     _print_page_sizes(plan)
+    print()
+    print(in_words(plan["suggestion"], plan["num_layers"]))
 
 
 def _print_page_sizes(plan: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vattn.errors import Error
 from vattn.sizes import format_size
+from vattn.tools import plots
 from vattn.tools.geometry import Geometry
 from vattn.tools.memories import PagedMemory, StaticMemory
 from vattn.tools.options import CheckError, UsageError, geometry_of, os_error
@@ -44,6 +45,8 @@ class Report:
     """What a replay came to."""
 
     title: str
+    plot_title: str
+    budget: int  # bytes, the same for all three
     requests: int
     seconds: float  # wall time, the reading of the trace included
     vattn: Figures
@@ -83,6 +86,11 @@ class Report:
             "paged_16": _common(self.paged_16),
             "static": _common(self.static),
         }
+
+    def figure(self) -> Any:
+        """The three over time, as a matplotlib Figure."""
+        arms = [("vattn", self.vattn), ("paged, 16 tokens", self.paged_16), ("static", self.static)]
+        return plots.replay_figure(self.plot_title, self.budget, arms)
 
     def print(self) -> None:
         """The same as a table."""
@@ -132,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     """The command: read, replay, print, write."""
     geometry = geometry_of(args)
     _check_output(args.json)
+    plots.check(args.plot)
     started = time.perf_counter()
     trace = load_trace(args.trace, args.requests)
     with open_cache(args, geometry) as cache:
@@ -139,14 +148,21 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         json.dump(report.to_json(), sys.stdout, indent=2)
         print()
-        return 0
-    report.print()
-    if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"argument --json: {os_error(error)}") from None
+    else:
+        report.print()
+        _write_json(report, args.json)
+    if args.plot:
+        plots.save(report.figure(), args.plot)
     return 0
+
+
+def _write_json(report: Report, path: str | None) -> None:
+    if not path:
+        return
+    try:
+        Path(path).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"argument --json: {os_error(error)}") from None
 
 
 def load_trace(path: str, requests: int | None) -> Trace:
@@ -239,16 +255,17 @@ def replay(
         "static": StaticMemory(geometry, budget, args.max_batch, args.max_seq_len),
     }
     figures = {name: _simulate(name, work, memory) for name, memory in arms.items()}
-    title = (
-        f"{trace.path}: {len(trace):,} requests at {args.speed:g} times their speed, "
-        f"{args.iteration_ms:g} ms an iteration\n"
+    load = f"{len(trace):,} requests at {args.speed:g} times their speed, {args.iteration_ms:g} ms an iteration"
+    model_and_memory = (
         f"{geometry}; {format_size(budget)} on {args.device}, pages of {format_size(cache.page_size)}, "
-        f"{cache.tokens_per_page:,} tokens a page, {cache.layout}, "
-        + (f"{cache.lookahead_tokens:,} tokens mapped ahead" if cache.lookahead_tokens else "nothing mapped ahead")
+        f"{cache.tokens_per_page:,} tokens a page"
     )
+    ahead = f"{cache.lookahead_tokens:,} tokens mapped ahead" if cache.lookahead_tokens else "nothing mapped ahead"
     stats = cache.stats()
     return Report(
-        title=title,
+        title=f"{trace.path}: {load}\n{model_and_memory}, {cache.layout}, {ahead}",
+        plot_title=f"{os.path.basename(trace.path)}: {load}\n{model_and_memory}",
+        budget=budget,
         requests=len(trace),
         seconds=time.perf_counter() - started,
         vattn=figures["vattn"],

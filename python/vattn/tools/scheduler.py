@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vattn.tools.series import Recorder, Series
+
 
 class Memory(Protocol):
     """What the scheduler asks of a memory. Slots are small integers, below the batch limit."""
@@ -73,6 +75,7 @@ class Figures:
     reclaimable_bytes: int
     waste: float
     preemptions: int
+    series: Series  # the same over time
 
 
 def simulate(work: Workload, memory: Memory, on_done: Callable[[int], None] | None = None) -> Figures:
@@ -98,6 +101,7 @@ class _Run:
         self.end_ns = 0
         # Sums over iterations; times the length of one, these are integrals over time.
         self.sum_active = self.sum_used = self.sum_mapped = self.sum_reclaimable = 0
+        self.recorder = Recorder(work.iteration_ns)
 
     def run(self) -> Figures:
         work, queue = self.work, self.queue
@@ -116,7 +120,7 @@ class _Run:
                     break
                 clock = arrivals[arrived]
                 continue
-            self._account()
+            self._account(clock)
             clock += step_ns
             self._retire(clock)
         return self._figures()
@@ -163,7 +167,7 @@ class _Run:
                 active.append(slot)
             queue.popleft()
 
-    def _account(self) -> None:
+    def _account(self, clock: int) -> None:
         count = len(self.active)
         self.peak = max(self.peak, count)
         used, mapped, reclaimable = self.memory.usage()
@@ -171,6 +175,7 @@ class _Run:
         self.sum_used += used
         self.sum_mapped += mapped
         self.sum_reclaimable += reclaimable
+        self.recorder.add(clock, count, used, mapped)
 
     def _retire(self, clock: int) -> None:
         """Free the slots whose requests have all their tokens."""
@@ -210,4 +215,5 @@ class _Run:
             reclaimable_bytes=round(mean(self.sum_reclaimable)),
             waste=1 - self.sum_used / self.sum_mapped if self.sum_mapped else 0.0,
             preemptions=self.preemptions,
+            series=self.recorder.series(),
         )
