@@ -10,7 +10,7 @@ RESULTS := $(CURDIR)/build/results
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench bench-check bench-record instructions-program fuzz \
+.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench bench-micro bench-check bench-record instructions-program fuzz \
 	sanitize sanitize-address sanitize-thread coverage mutants reliability soak wheel clean
 .DEFAULT_GOAL := help
 
@@ -48,8 +48,11 @@ format: $(READY)  ## let the formatters have their way
 stubs: $(READY)  ## write python/vattn/_core.pyi anew from the extension
 	$(BIN)/python -m nanobind.stubgen -m vattn._core -o python/vattn/_core.pyi
 
-bench: $(READY)  ## every figure, as JSON lines (docs/performance.md says what each is)
+bench: $(READY)  ## the host suite: tables, JSON with every sample and pictures in a folder vattn-bench-<machine>
 	scripts/bench $(BIN)
+
+bench-micro: $(READY)  ## single calls, with pytest-benchmark
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
 
 # Counts depend on compiler and flags, so these are built in one way whatever the environment says.
 INSTRUCTIONS := build/instructions

@@ -2,7 +2,6 @@
 
     python scripts/instructions.py check BUILD   compare with bench/instructions.json; status 1 at 5 % more
     python scripts/instructions.py record BUILD  write that file anew
-    python scripts/instructions.py step BUILD    the steady step alone, as a line of JSON
 
 BUILD is a CMake build folder with bench_instructions in it; ``make bench-check`` and ``make bench-record`` make it,
 always with the same flags. Each case of bench/cpp/instructions.cpp runs under ``valgrind --tool=callgrind`` with two
@@ -159,19 +158,13 @@ def record(build: Path) -> int:
     return 0
 
 
-def step(build: Path) -> int:
-    counted = count_all(build, ["step"])
-    print(json.dumps({"bench": "step_instructions", "slots": 256, "instructions": counted["step"]}))
-    return 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count the instructions that libvattn spends, and compare.")
-    parser.add_argument("what", choices=["check", "record", "step"])
+    parser.add_argument("what", choices=["check", "record"])
     parser.add_argument("build", type=Path, metavar="BUILD")
     args = parser.parse_args()
     try:
-        return {"check": check, "record": record, "step": step}[args.what](args.build)
+        return {"check": check, "record": record}[args.what](args.build)
     except CountError as error:
         print(f"instructions: {error}", file=sys.stderr)
         return 1

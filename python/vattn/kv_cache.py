@@ -109,6 +109,7 @@ class KVCache:
         self._head_dim = to_int(head_dim, "head_dim")
         v_dim = to_optional_int(v_head_dim, "v_head_dim")
         self._v_head_dim = self._head_dim if v_dim is None else v_dim
+        self._guard_tokens = to_int(guard_tokens, "guard_tokens")
         self._pool = pool
         self._native = _core.KVCache(
             self._num_layers,
@@ -127,7 +128,7 @@ class KVCache:
             lookahead_tokens=to_optional_int(lookahead_tokens, "lookahead_tokens"),
             warm_tokens=to_optional_int(warm_tokens, "warm_tokens"),
             unmapped_reads=to_choice(unmapped_reads, "unmapped_reads", ("fault", "zeros")),
-            guard_tokens=to_int(guard_tokens, "guard_tokens"),
+            guard_tokens=self._guard_tokens,
             scrub=to_bool(scrub, "scrub"),
         )
         self._page_size = self._native.page_size()
@@ -418,6 +419,11 @@ class KVCache:
     def warm_tokens(self) -> int:
         """How far one free slot is kept mapped for the next request."""
         return self._warm_tokens
+
+    @property
+    def guard_tokens(self) -> int:
+        """Tokens past every length that are kept committed, for kernels that load whole tiles."""
+        return self._guard_tokens
 
     @property
     def tokens_per_page(self) -> int:

@@ -39,6 +39,7 @@ void bind_growable_tensor(nb::module_& module) {
           nb::arg("row_shape"), nb::arg("max_rows"), nb::arg("dtype"), nb::arg("device"), nb::arg("page_size").none(),
           nb::arg("memory_limit").none(), nb::arg("pool").none(), nb::keep_alive<1, 8>())
       .def("resize", &GrowableTensor::resize, Release())
+      .def("append", &GrowableTensor::append, nb::arg("rows"), nb::arg("count"), Release())
       .def("rows", &GrowableTensor::rows, Release())
       .def("tensor", &tensor)
       .def("mapped_bytes", &GrowableTensor::mapped_bytes, Release())

@@ -3,6 +3,8 @@
 #include "vattn/driver/host/host_driver.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -14,6 +16,7 @@
 
 #include "child_process.hpp"
 #include "vattn/kv/kv_cache.hpp"
+#include "vattn/tensor/growable_tensor.hpp"
 
 namespace vattn {
 namespace {
@@ -65,6 +68,49 @@ TEST(HostDriver, ReadingWhatWasNeverMappedCostsNoMemory) {
   EXPECT_EQ(sum, 0U);
   EXPECT_LE(shared(), before + 64);
   driver->release_range(base, kSize);
+}
+
+long page_faults() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_minflt;
+}
+
+bool kernel_can_populate() {
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, from Linux 5.14 on
+  void* page = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const bool can = ::madvise(page, 4096, kPopulateWrite) == 0;
+  ::munmap(page, 4096);
+  return can;
+}
+
+// Faults of the test's own are few beside the 1,024 that 4 MiB take.
+constexpr long kFewFaults = 256;
+
+TEST(HostDriver, MemoryThatWillBeWrittenIsBroughtInWithoutAFaultAPage) {
+  if (!kernel_can_populate()) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
+  const auto driver = open_host_driver();
+  constexpr std::size_t kSize = 64 * kPage;
+  const Address base = driver->reserve(kSize, UnmappedReads::kZeros);
+  const PageHandle page = driver->create(kSize, base);
+  driver->map(base, kSize, page);
+  driver->set_access(base, kSize);
+  driver->will_write(base, kSize);
+  const long before = page_faults();
+  for (std::size_t at = 0; at < kSize; at += 4096) *reinterpret_cast<volatile unsigned char*>(base + at) = 1;
+  EXPECT_LT(page_faults() - before, kFewFaults);
+  driver->unmap(base, kSize);
+  driver->release(page);
+  driver->release_range(base, kSize);
+}
+
+TEST(HostDriver, RowsOfAGrowableTensorAreWrittenWithoutAFaultAPage) {
+  if (!kernel_can_populate()) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
+  GrowableTensor tensor({.row_shape = {4096}, .max_rows = 4096, .dtype = DType::kUInt8});
+  const std::vector<unsigned char> rows(4096UL * 1024, 7);
+  const long before = page_faults();
+  tensor.append(reinterpret_cast<Address>(rows.data()), 1024);
+  EXPECT_LT(page_faults() - before, kFewFaults);
 }
 
 TEST(HostDriver, AForkedChildIsRefusedAndTheParentKeepsItsBytes) {

@@ -38,6 +38,10 @@ def find_fake_cuda() -> str | None:
     return str(built[-1]) if built else None
 
 
+if not ON_GPU:
+    # Triton's kernels run in its interpreter; read when their file is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 FAKE_CUDA = None if ON_GPU else find_fake_cuda()
 if FAKE_CUDA:
     # Before the first use of cuda in this process. Children inherit it.

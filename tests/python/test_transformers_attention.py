@@ -149,13 +149,13 @@ def test_set_attn_implementation_switches_a_loaded_model():
 def calls(monkeypatch):
     """(query shape, keys shape, mask given) of every call of torch's attention that vattn makes."""
     seen = []
-    original = vattn.attention.scaled_dot_product_attention
+    original = vattn.attention.sdpa.scaled_dot_product_attention
 
     def spy(query, key, value, attn_mask=None, **options):
         seen.append((tuple(query.shape), tuple(key.shape), attn_mask is not None))
         return original(query, key, value, attn_mask=attn_mask, **options)
 
-    monkeypatch.setattr("vattn.attention.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("vattn.attention.sdpa.scaled_dot_product_attention", spy)
     monkeypatch.setattr("vattn.transformers.attention.scaled_dot_product_attention", spy)
     return seen
 

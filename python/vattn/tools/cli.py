@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.version or args.cmake_dir or args.pkgconfig_dir:
             return _about(args)
         if args.command is None:
-            parser.error("give a command: info, plan, replay or demo")
+            parser.error("give a command: info, plan, replay, demo or bench")
         status = _run(args)
         sys.stdout.flush()
         return status
@@ -62,6 +62,8 @@ def _run(args: argparse.Namespace) -> int:
         from vattn.tools.plan import run
     elif args.command == "replay":
         from vattn.tools.replay import run
+    elif args.command == "bench":
+        from vattn.bench.runner import run
     else:
         from vattn.tools.demo import run
     return run(args)
@@ -103,6 +105,7 @@ def make_parser() -> Parser:
     _add_plan(commands)
     _add_replay(commands)
     _add_demo(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -176,6 +179,29 @@ def _add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_plot(parser: Parser, what: str) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help=f"{what} (.png, .svg or .pdf; pip install 'vattn[bench]')")
+
+
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    about = (
+        "Measure, beside what one would use instead: a table on the terminal, and in a folder JSON with every sample "
+        "and pictures. The same command goes on where a run was cut short."
+    )
+    parser = commands.add_parser("bench", help="measure it on this machine", description=about)
+    parser.add_argument("--suite", choices=("host", "gpu", "all"), default="host", help="(default: host)")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: about a minute")
+    help_out = "the folder (default: vattn-bench-<machine>)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=help_out)
+    parser.add_argument("--only", action="append", metavar="NAME", help="this benchmark (may be given again)")
+    parser.add_argument("--list", action="store_true", help="print the benchmarks and their questions, and end")
+    help_trace = "of the replay (default: VATTN_TRACE, else a made-up one)"
+    parser.add_argument("--trace", metavar="TRACE.csv", help=help_trace)
+    parser.add_argument("--device", type=_device, default="cuda:0", metavar="cuda[:N]", help="of the GPU suite")
+    parser.add_argument("--carried", metavar="DIR", help="kernels carried to a machine without a network")
+    parser.add_argument("--fake-cuda", metavar="LIB", help="run the CUDA driver on this fake one: no figure of a GPU")
+    help_minutes = "begin no case after so many minutes; the same command goes on"
+    parser.add_argument("--minutes", type=options.positive_number, metavar="N", help=help_minutes)
+    parser.add_argument("--fresh", action="store_true", help="measure again what is already in the folder")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 where a bound is not held")
 
 
 def _device(text: str) -> str:

@@ -1,5 +1,5 @@
-"""The two memories vattn is compared with, as arithmetic: paging with blocks of 16 tokens, and one fixed slot a
-request.
+"""The two memories vattn is compared with, as arithmetic: paging with blocks of 16 tokens (or another number), and one
+fixed slot a request.
 
 Both get the same budget as vattn and are run by the same scheduler. Neither pays for anything but its own bytes: no
 block tables, no fragmentation between requests. Thread: one at a time.
@@ -15,24 +15,32 @@ from vattn.tools.pages import PAGED_BLOCK_TOKENS
 
 
 class PagedMemory:
-    """PagedAttention's accounting: every request takes whole blocks of 16 tokens, from anywhere."""
+    """PagedAttention's accounting: every request takes whole blocks of ``block_tokens``, from anywhere."""
 
-    def __init__(self, geometry: Geometry, budget: int, max_batch: int, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        budget: int,
+        max_batch: int,
+        max_seq_len: int,
+        block_tokens: int = PAGED_BLOCK_TOKENS,
+    ) -> None:
+        self.block_tokens = block_tokens
         self.token_bytes = geometry.token_bytes
-        self.blocks = self.free_blocks = budget // (PAGED_BLOCK_TOKENS * self.token_bytes)
-        self.longest = min(max_seq_len, self.blocks * PAGED_BLOCK_TOKENS)
+        self.blocks = self.free_blocks = budget // (block_tokens * self.token_bytes)
+        self.longest = min(max_seq_len, self.blocks * block_tokens)
         self.free_slots = list(range(max_batch - 1, -1, -1))
         self.tokens = array("q", bytes(8 * max_batch))  # in use, by slot
         self.room = array("q", bytes(8 * max_batch))  # tokens the slot's blocks can hold
         self.total_tokens = 0
 
     def admit(self, request: int, tokens: int) -> int:
-        blocks = -(-tokens // PAGED_BLOCK_TOKENS)
+        blocks = -(-tokens // self.block_tokens)
         if blocks > self.free_blocks or not self.free_slots:
             return -1
         slot = self.free_slots.pop()
         self.free_blocks -= blocks
-        self.tokens[slot], self.room[slot] = tokens, blocks * PAGED_BLOCK_TOKENS
+        self.tokens[slot], self.room[slot] = tokens, blocks * self.block_tokens
         self.total_tokens += tokens
         return slot
 
@@ -43,7 +51,7 @@ class PagedMemory:
             return False
         self.free_blocks -= len(full)
         for slot in full:
-            room[slot] += PAGED_BLOCK_TOKENS
+            room[slot] += self.block_tokens
         tokens = self.tokens
         for slot in active:
             self.total_tokens += lengths[slot] - tokens[slot]
@@ -51,13 +59,13 @@ class PagedMemory:
         return True
 
     def release(self, slot: int) -> None:
-        self.free_blocks += self.room[slot] // PAGED_BLOCK_TOKENS
+        self.free_blocks += self.room[slot] // self.block_tokens
         self.total_tokens -= self.tokens[slot]
         self.tokens[slot] = self.room[slot] = 0
         self.free_slots.append(slot)
 
     def usage(self) -> tuple[int, int, int]:
-        taken = (self.blocks - self.free_blocks) * PAGED_BLOCK_TOKENS
+        taken = (self.blocks - self.free_blocks) * self.block_tokens
         return self.total_tokens * self.token_bytes, taken * self.token_bytes, 0
 
 

@@ -1,4 +1,5 @@
-// What a driver without streams says of fences: it has none, and nothing of its work is ever captured.
+// What a driver without streams says of fences: it has none, and nothing of its work is ever captured. And the hint that a
+// driver need not take.
 #include "vattn/driver/driver.hpp"
 
 #include <stdexcept>
@@ -13,6 +14,8 @@ namespace {
 }
 
 }  // namespace
+
+void Driver::will_write(Address /*at*/, std::size_t /*size*/) noexcept {}
 
 FenceHandle Driver::record(Stream /*stream*/) { refuse("record", traits()); }
 bool Driver::has_passed(FenceHandle /*fence*/) { refuse("has_passed", traits()); }

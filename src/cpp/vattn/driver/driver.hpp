@@ -92,6 +92,10 @@ class VATTN_API Driver {
   /// Makes a fully mapped range readable and writable.
   virtual void set_access(Address at, std::size_t size) = 0;
 
+  /// A hint: an accessible range will be written soon. A driver whose memory arrives at the first touch may bring it in now, in
+  /// one go; nothing else changes, and nothing is wrong where it does not.
+  virtual void will_write(Address at, std::size_t size) noexcept;
+
   /// Sets accessible bytes to zero. Done when it returns.
   virtual void fill_zero(Address at, std::size_t size) = 0;
 

@@ -131,6 +131,8 @@ void GrowableTensor::resize_locked(std::int64_t rows) {
     Growth growth(*pool_, *holder_, false);
     growth.extend(0, {pages, 0});
     growth.commit("resize", "ask for fewer rows, or raise memory_limit");
+    const auto page_size = static_cast<std::size_t>(page_size_);
+    driver_->will_write(buffer_->base() + before * page_size, (pages - before) * page_size);
   } else if (pages < before) {
     driver_->synchronize();
     pool_->retire(*holder_, 0, {{pages, 0}, {}, true}, {});

@@ -71,6 +71,7 @@ class VATTN_API Decorator : public Driver {
   void set_access(Address at, std::size_t size) override {
     around(Verb::kSetAccess, [&] { inner_->set_access(at, size); });
   }
+  void will_write(Address at, std::size_t size) noexcept override { inner_->will_write(at, size); }
   void fill_zero(Address at, std::size_t size) override {
     around(Verb::kFillZero, [&] { inner_->fill_zero(at, size); });
   }

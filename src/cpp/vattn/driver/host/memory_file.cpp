@@ -50,8 +50,8 @@ bool MemoryFile::may_grow_to(std::uint64_t end) const noexcept {
   return end <= end_.load(std::memory_order_relaxed) || end <= size_limit();
 }
 
-void MemoryFile::allocate(std::uint64_t offset, std::size_t size) const {
-  if (!may_grow_to(offset + size)) {
+void MemoryFile::allocate(std::uint64_t offset, std::size_t size, bool may_grow) const {
+  if (!may_grow && !may_grow_to(offset + size)) {
     const std::uint64_t limit = size_limit();
     throw OutOfMemoryError("create: RLIMIT_FSIZE (" + std::to_string(limit) +
                                " bytes) also bounds memory files, and this page would cross it: raise it (ulimit -f)",

@@ -25,8 +25,9 @@ class MemoryFile {
 
   [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
 
-  /// Commits zeros. OutOfMemoryError where the system or RLIMIT_FSIZE says no, DriverError for any other reason.
-  void allocate(std::uint64_t offset, std::size_t size) const;
+  /// Commits zeros. OutOfMemoryError where the system or RLIMIT_FSIZE says no, DriverError for any other reason. `may_grow`:
+  /// that may_grow_to() has just said yes, so that it need not be asked again: it is a system call a page.
+  void allocate(std::uint64_t offset, std::size_t size, bool may_grow = false) const;
 
   /// Gives memory back.
   void punch(std::uint64_t offset, std::size_t size) const;

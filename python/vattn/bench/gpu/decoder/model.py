@@ -1,0 +1,114 @@
+"""A decoder like Llama's, of random weights, one token a request: RMSNorm, rotary positions, grouped queries, SwiGLU.
+
+Plain torch and nothing else, so that what surrounds the attention is the same for every memory. `Decoder.forward`
+makes no decision on the host and allocates only what torch's graphs can hold, so it can be captured once and replayed.
+Thread: one; the weights never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from vattn.bench.gpu.decoder.kernels import AttentionKernel
+    from vattn.bench.gpu.decoder.memories import Memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's dimensions. Weights and cache have the same element type."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    dtype: torch.dtype
+    rope_theta: float = 500_000.0
+
+    @property
+    def token_bytes(self) -> int:
+        """Of keys and values, in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = attention + 3 * self.hidden * self.ffn
+        return (self.layers * layer + 2 * self.vocabulary * self.hidden) * self.dtype.itemsize
+
+
+LLAMA_3_8B = Shape(32, 4096, 32, 8, 128, 14_336, 128_256, torch.bfloat16)
+
+
+class Layer:
+    """One layer's weights, normal with a deviation of 0.02; norms of ones."""
+
+    def __init__(self, shape: Shape, device: torch.device, generator: torch.Generator) -> None:
+        def weight(rows: int, columns: int) -> torch.Tensor:
+            made = torch.empty(rows, columns, dtype=shape.dtype, device=device)
+            return made.normal_(0, 0.02, generator=generator)
+
+        heads = shape.heads + 2 * shape.kv_heads
+        self.qkv = weight(heads * shape.head_dim, shape.hidden)
+        self.out = weight(shape.hidden, shape.heads * shape.head_dim)
+        self.gate_up = weight(2 * shape.ffn, shape.hidden)
+        self.down = weight(shape.hidden, shape.ffn)
+        self.attention_norm = torch.ones(shape.hidden, dtype=shape.dtype, device=device)
+        self.ffn_norm = torch.ones(shape.hidden, dtype=shape.dtype, device=device)
+
+
+class Decoder:
+    """The model on `device`; positions up to `max_seq_len`."""
+
+    def __init__(self, shape: Shape, device: torch.device, max_seq_len: int, seed: int = 1) -> None:
+        self.shape = shape
+        generator = torch.Generator(device).manual_seed(seed)
+        self.layers = [Layer(shape, device, generator) for _ in range(shape.layers)]
+        size = (shape.vocabulary, shape.hidden)
+        self.embedding = torch.empty(size, dtype=shape.dtype, device=device).normal_(0, 1, generator=generator)
+        self.head = torch.empty(size, dtype=shape.dtype, device=device).normal_(0, 0.02, generator=generator)
+        self.norm = torch.ones(shape.hidden, dtype=shape.dtype, device=device)
+        half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
+        angles = torch.arange(max_seq_len, dtype=torch.float32, device=device)[:, None] * shape.rope_theta**-half
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+    @torch.no_grad()
+    def forward(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, memory: Memory, kernel: AttentionKernel, longest: int
+    ) -> torch.Tensor:
+        """The logits, (requests, vocabulary), of one more token a request.
+
+        `tokens` (requests,) int64; `lengths` (requests,) int32, the token included; its keys and values are written to
+        `memory` on the way. `longest` bounds the lengths: a number, so that a captured graph holds for all below it.
+        """
+        shape = self.shape
+        positions = lengths.long() - 1
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        places = memory.places(positions)
+        hidden = functional.embedding(tokens, self.embedding)
+        for number, layer in enumerate(self.layers):
+            normed = functional.rms_norm(hidden, (shape.hidden,), layer.attention_norm, 1e-5)
+            heads = functional.linear(normed, layer.qkv).view(len(tokens), -1, shape.head_dim)
+            rotated = rotate(heads[:, : shape.heads + shape.kv_heads], cos, sin)
+            query, key = rotated[:, : shape.heads], rotated[:, shape.heads :]
+            memory.write(number, places, key, heads[:, shape.heads + shape.kv_heads :])
+            keys, values = memory.layer(number)
+            attended = kernel.attend(query, keys, values, lengths, memory.table, longest)
+            hidden = hidden + functional.linear(attended.flatten(1), layer.out)
+            normed = functional.rms_norm(hidden, (shape.hidden,), layer.ffn_norm, 1e-5)
+            gate, up = functional.linear(normed, layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + functional.linear(functional.silu(gate) * up, layer.down)
+        return functional.linear(functional.rms_norm(hidden, (shape.hidden,), self.norm, 1e-5), self.head)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: the two halves of each head as pairs, in float32. Contiguous."""
+    first, second = heads.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)

@@ -1,0 +1,194 @@
+"""Which shapes, contexts and batches the kernels are measured at, and how long that is expected to take.
+
+A full cross product would take hours; what is here answers the questions. Each shape has all that differs between
+models for a kernel (heads of queries and of keys); Llama-3-8B is measured at every context, the others at three.
+Batches above one are for decode: the smaller with long contexts, the larger with short ones.
+
+The expected time is counted from floating-point operations and bytes at rates that are assumed below, for planning: the
+suite is to take 12 minutes for both phases on an H200 with every kernel carried. They are never figures: nothing but
+`rounds` and a test of that plan reads them. Nothing here imports torch. Thread: any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+K = 1024
+#: The tensors of one layer are shared by so many layers, where that is measured too.
+SLICES = (4, 32)
+#: Reads of one arm go round at least so many bytes, several times what a GPU caches: its layers.
+ROTATED_BYTES = 256 << 20
+MOST_LAYERS = 32
+KERNELS = ("torch_flash", "fa3", "flashinfer", "triton")
+
+# Assumed, for planning only.
+FLOPS = {"torch_flash": 350e12, "fa3": 550e12, "flashinfer": 500e12, "triton": 200e12}
+BYTES = 3e12
+LAUNCH = 10e-6
+#: Making memory and filling it, per byte; preparing and capturing an arm.
+FILL = 8e9
+ARM = 0.06
+#: A case is measured for about so many seconds, but for at least FEWEST rounds.
+MEASURED = 1.5
+FEWEST = 3
+MOST = 30
+#: Runs of an arm that are not noted: before the capture, and one round.
+WARM = 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a kernel sees of it."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int = 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One case: `queries` new tokens of each of `batch` requests, whose contexts are `context` tokens with them."""
+
+    phase: str
+    model: str
+    context: int
+    batch: int
+    queries: int
+    kernel: str
+    sliced: bool = False  #: with the arms of SLICES
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        shown = {"model": self.model, "context": self.context, "batch": self.batch, "queries": self.queries}
+        return {**shown, "kernel": self.kernel}
+
+    @property
+    def memory(self) -> tuple[Any, ...]:
+        """Settings that can be measured on the same memory."""
+        return self.phase, self.model, self.context, self.batch, self.queries, self.sliced
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured. `prefill`, `decode`: (model, context, batch, queries, sliced); 0 queries: the whole prompt."""
+
+    models: dict[str, Model]
+    prefill: list[tuple[str, int, int, int, bool]]
+    decode: list[tuple[str, int, int, int, bool]]
+    kernels: tuple[str, ...] = KERNELS
+    blocks: tuple[int, ...] = (16, 64, 128, 256)
+    slices: tuple[int, ...] = SLICES
+    rotated_bytes: int = ROTATED_BYTES
+    page_size: int | None = None
+    most_rounds: int = MOST
+    #: At these contexts a whole prompt is judged against the paper's ratio.
+    paper: tuple[int, ...] = (192 * K,)
+    itemsize: int = field(default=2)
+
+    def settings(self, phase: str) -> Iterator[Setting]:
+        """The cases, those that share memory one after the other."""
+        for model, context, batch, queries, sliced in self.prefill if phase == "prefill" else self.decode:
+            for kernel in self.kernels:
+                yield Setting(phase, model, context, batch, queries or context, kernel, sliced)
+
+    def row_bytes(self, setting: Setting) -> int:
+        """Keys and values of one token in one layer."""
+        model = self.models[setting.model]
+        return 2 * model.kv_heads * model.head_dim * self.itemsize
+
+    def layer_bytes(self, setting: Setting) -> int:
+        return self.row_bytes(setting) * setting.context * setting.batch
+
+    def layers(self, setting: Setting) -> int:
+        """How many layers a decode goes round, so that none is found in the GPU's cache; a prefill has one."""
+        if setting.phase == "prefill":
+            return 1
+        return min(MOST_LAYERS, max(1, math.ceil(self.rotated_bytes / self.layer_bytes(setting))))
+
+    def seconds_a_call(self, setting: Setting) -> float:
+        """Of one arm, over all its layers. Arithmetic or bytes, whichever is more."""
+        model = self.models[setting.model]
+        seen = setting.context - (setting.queries - 1) / 2
+        operations = 4 * setting.batch * setting.queries * seen * model.q_heads * model.head_dim
+        arithmetic = operations / FLOPS.get(setting.kernel, FLOPS["triton"])
+        return self.layers(setting) * (max(arithmetic, self.layer_bytes(setting) / BYTES) + LAUNCH)
+
+    def arms(self, setting: Setting) -> int:
+        """About how many there are."""
+        backing = 3 + (len(self.slices) if setting.sliced else 0)
+        return backing + {"torch_flash": 0, "triton": 1 + 2 * len(self.blocks)}.get(
+            setting.kernel, 2 * len(self.blocks)
+        )
+
+    def rounds(self, setting: Setting) -> int:
+        a_round = self.arms(setting) * self.seconds_a_call(setting)
+        return max(min(FEWEST, self.most_rounds), min(self.most_rounds, int(MEASURED / a_round)))
+
+    def seconds(self, phase: str) -> float:
+        """How long a phase is expected to take."""
+        total, memory = 0.0, None
+        for setting in self.settings(phase):
+            if setting.memory != memory:
+                memory = setting.memory
+                slices = sum(max(each, self.layers(setting)) for each in self.slices) if setting.sliced else 0
+                total += (3 * self.layers(setting) + slices) * self.layer_bytes(setting) / FILL
+            runs = self.rounds(setting) + WARM
+            total += self.arms(setting) * (ARM + runs * self.seconds_a_call(setting))
+        return total
+
+
+MODELS = {
+    "llama-3-8b": Model(32, 8),
+    "yi-6b": Model(32, 4),
+    "yi-34b": Model(56, 8),
+    "llama-3-70b-tp8": Model(8, 1),
+}
+LLAMA = "llama-3-8b"
+OTHERS = ("yi-6b", "yi-34b", "llama-3-70b-tp8")
+#: Past 64K a prompt is measured by its last tokens, as servers that prefill in chunks do; the paper's case is whole.
+CHUNK = 16 * K
+
+FULL = Grid(
+    MODELS,
+    prefill=[
+        *((LLAMA, context * K, 1, 0, context == 16) for context in (1, 4, 16, 32, 64)),
+        (LLAMA, 128 * K, 1, CHUNK, False),
+        (LLAMA, 192 * K, 1, CHUNK, False),
+        (LLAMA, 192 * K, 1, 0, False),
+        *((model, context * K, 1, 0, False) for model in OTHERS for context in (4, 32)),
+        *((model, 192 * K, 1, CHUNK, False) for model in OTHERS),
+    ],
+    decode=[
+        *((LLAMA, context * K, 1, 1, False) for context in (1, 4, 16, 32, 64, 128, 192)),
+        *((LLAMA, context * K, 12, 1, context == 16) for context in (4, 16, 64, 192)),
+        *((LLAMA, context * K, 32, 1, False) for context in (1, 16, 64)),
+        *((model, 4 * K, 32, 1, False) for model in OTHERS),
+        *((model, 16 * K, 12, 1, False) for model in OTHERS),
+        *((model, 192 * K, 1, 1, False) for model in OTHERS),
+    ],
+)
+
+QUICK = Grid(
+    MODELS,
+    prefill=[(LLAMA, 16 * K, 1, 0, False), (LLAMA, 192 * K, 1, CHUNK, False)],
+    decode=[(LLAMA, 16 * K, 12, 1, False), (LLAMA, 192 * K, 1, 1, False)],
+    blocks=(16, 256),
+    most_rounds=10,
+)
+
+#: Where there is no GPU: every line of the benchmarks runs, in Triton's interpreter, and no figure means anything.
+TINY = Grid(
+    {"tiny": Model(4, 2, 16)},
+    prefill=[("tiny", 64, 1, 0, True), ("tiny", 96, 1, 20, False)],
+    decode=[("tiny", 64, 2, 1, True), ("tiny", 80, 1, 1, False)],
+    kernels=("sdpa", "torch_flash", "triton"),
+    blocks=(16, 64),
+    slices=(2,),
+    rotated_bytes=1,
+    most_rounds=2,
+    paper=(64,),
+    itemsize=4,
+)

@@ -1,0 +1,195 @@
+"""Every benchmark of the host suite runs, smaller than anybody would measure, and yields whole cases."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vattn.bench import process, programs
+from vattn.bench.benchmark import Case, Settings
+from vattn.bench.block_tables import BLOCK_TOKENS, NaiveBlockTable, PersistentBlockTable
+from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, mappings, replay, step
+from vattn.tools.memories import PagedMemory
+
+QUICK = Settings(quick=True)
+
+
+def needs_programs() -> None:
+    try:
+        for name in ("commit", "decode_step", "append_loop.so"):
+            programs.find(name)
+    except programs.MissingProgramError as error:
+        pytest.skip(str(error))
+
+
+def check(case: Case, bench: str, arms: set[str]) -> None:
+    """A case is whole: the arms, with samples, and bounds over arms that are there."""
+    assert (case.bench, case.skipped) == (bench, "")
+    assert arms <= {arm.name for arm in case.arms}
+    for arm in case.arms:
+        assert arm.samples, arm.name
+        assert all(sample >= 0 for sample in arm.samples), arm.name
+    for bound in case.bounds:
+        assert bound.value(case) >= 0
+
+
+def test_steps_of_all_kinds_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_programs()
+    monkeypatch.setattr(step, "QUICK_SLOTS", (4,))
+    monkeypatch.setattr(step.shutil, "which", lambda _name: None)
+    advancing, unchanged = step.run(QUICK)
+    check(advancing, "step", {step.PYTHON, step.CPP, step.NUMPY, step.NAIVE})
+    assert advancing.facts["driver_calls"] == 0, "growth stays within mapped memory"
+    check(unchanged, "step", {step.CPP, *(f"Python, {form}" for form in step.FORMS)})
+    assert len(unchanged.bounds) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_numpy_block_table_is_right(seed: int) -> None:
+    rng = random.Random(seed)
+    slots, steps = rng.randint(1, 40), rng.randint(1, 200)
+    start = [rng.randint(1, 300) for _ in range(slots)]
+    good, naive = (kind(start, 512) for kind in (PersistentBlockTable, NaiveBlockTable))
+    for number in range(steps):
+        table, lengths = good.step()
+        wanted, wanted_lengths = naive.step()
+        assert np.array_equal(lengths, wanted_lengths)
+        assert lengths.tolist() == [length + number + 1 for length in start]
+        assert np.array_equal(table, wanted)
+    used = [table[slot, : -(-lengths[slot] // BLOCK_TOKENS)] for slot in range(slots)]
+    together = np.concatenate(used)
+    assert len(set(together.tolist())) == len(together), "no block belongs to two"
+
+
+def test_the_numpy_block_table_changes_its_arrays_in_place() -> None:
+    table = PersistentBlockTable([1, 16, 17], 64)
+    first, first_lengths = table.step()
+    second, second_lengths = table.step()
+    assert np.shares_memory(first, second)
+    assert first_lengths is second_lengths
+
+
+def test_growth_has_its_three_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_programs()
+    arms, _ = programs.run("commit", "--pages-a-row", 2, "--pages", 1, "--rounds", 2)
+    monkeypatch.setattr(programs, "run", lambda *_options: (arms, {}))
+    for case in growth.run(QUICK):
+        check(case, "growth", {"vattn", "loop of the same calls", "plain loop"})
+        assert len(case.bounds) == 2
+
+
+def test_a_program_that_fails_says_why() -> None:
+    needs_programs()
+    with pytest.raises(RuntimeError, match="commit ended with status 2: --pages-a-row must be"):
+        programs.run("commit", "--pages-a-row", 3, "--pages", 2)
+
+
+def test_a_program_that_is_not_there_says_how_to_get_it() -> None:
+    with pytest.raises(programs.MissingProgramError, match="install it with pip"):
+        programs.find("nonsense")
+
+
+@pytest.mark.parametrize("way", append.WAYS)
+def test_every_way_of_appending_makes_the_same_tensor(way: str) -> None:
+    import torch
+
+    piece = append.make_piece()
+    made = append.WAYS[way](piece, 5)
+    tensor = made.tensor if way == append.OURS else made
+    assert torch.equal(tensor, piece.repeat(5, 1))
+
+
+def test_appending_is_timed_and_its_memory_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_programs()
+    small = [{"measured": kind, "mib": 4} for kind in ("time", "memory")]
+    monkeypatch.setattr(append, "_parameters", lambda _settings: [small[0], small[0], small[1]])
+    whole, with_cat, memory = append.run(QUICK)
+    check(whole, "append", {append.OURS, append.EXACT, append.LOOP, append.STACK, append.DOUBLING})
+    assert [bound.most for bound in whole.bounds] == [1.6, 1.1]
+    check(with_cat, "append", {append.CAT})
+    check(memory, "append", {append.OURS, append.EXACT, "final size"})
+    assert memory.arm("final size").samples == [4.0]
+
+
+def test_cold_start_reserves_a_tebibyte_in_every_layout() -> None:
+    cases = list(cold_start.run(QUICK))
+    assert [case.parameters["layout"] for case in cases] == ["NHD", "NHD", "HND"]
+    for case in cases:
+        check(case, "cold_start", {"create", "close"})
+        assert case.facts["reserved_bytes"] == 1 << 40
+
+
+def test_mappings_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = [
+        {"layout": "NHD", "gib": 0.25, "limit": "exactly that"},
+        {"layout": "HND", "gib": 0.25, "limit": "the default"},
+    ]
+    monkeypatch.setattr(mappings, "_parameters", lambda _settings: tiny)
+    nhd, hnd = mappings.run(QUICK)
+    check(nhd, "mappings", {"grown in random order", "after 200 cycles"})
+    check(hnd, "mappings", {"most while growing"})
+
+
+def test_decode_wait_needs_the_fake_driver_and_says_so() -> None:
+    (case,) = decode_wait.run(QUICK)
+    assert "--fake-cuda" in case.skipped
+
+
+def test_decode_wait_counts_the_steps_that_waited(fake: Any) -> None:
+    from conftest import FAKE_CUDA
+
+    found = process.measure("vattn.bench.host.decode_wait", str(FAKE_CUDA), "no look-ahead", 20, 0.1)
+    assert len(found["steps_us"]) == 19
+    assert found["steps_waited_after_the_first"] == 0, "20 tokens from 512 on stay within a page of 1,024"
+    assert found["creates"] == 32 * 64
+
+
+def test_a_measurement_that_fails_in_its_process_says_why() -> None:
+    with pytest.raises(RuntimeError, match="status 1: KeyError"):
+        process.measure("vattn.bench.host.append", "nonsense", 1)
+
+
+def test_hugging_face_caches_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    for heads, arms in (("8/8", {hf_decode.OURS}), ("32/4", {hf_decode.OURS, hf_decode.FOLDING})):
+        small = hf_decode.MODELS[heads] | {
+            "vocab_size": 64,
+            "hidden_size": 128,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+        }
+        monkeypatch.setitem(hf_decode.MODELS, heads, small)
+        parameters = {"heads": heads, "dtype": "float32", "context": 64, "measured": "time"}
+        case = hf_decode.time_arms(parameters, 2)
+        check(case, "hf_decode", {hf_decode.DYNAMIC, hf_decode.STATIC, hf_decode.STATIC_TWICE} | arms)
+        assert [bound.most for bound in case.bounds] == [1.03] * len(arms)
+
+
+def test_the_promises_of_the_first_issue_are_judged_at_their_points() -> None:
+    at = {"heads": "8/8", "dtype": "float32", "context": 16384}
+    assert [bound.most for bound in hf_decode.bounds_of(at)] == [1.03, 0.35, 1.05]
+    at = {"heads": "32/4", "dtype": "bfloat16", "context": 32768}
+    assert [bound.most for bound in hf_decode.bounds_of(at)] == [1.03, 1.03, 0.25]
+
+
+def test_paging_with_large_blocks_takes_whole_blocks() -> None:
+    from vattn.tools.geometry import Geometry
+
+    token = Geometry(num_layers=1, num_kv_heads=1, head_dim=1, dtype="float16")
+    memory = PagedMemory(token, 4 * 256 * token.token_bytes, 8, 4096, block_tokens=256)
+    assert [memory.admit(0, tokens) for tokens in (1, 256, 257)] == [0, 1, 2]
+    assert memory.admit(0, 1) == -1, "1, 1 and 2 blocks are taken"
+    memory.release(2)
+    assert memory.admit(0, 512) >= 0
+
+
+def test_replay_is_over_pages_layouts_and_lookahead() -> None:
+    cases = replay._parameters(Settings())
+    assert cases[0] == replay.PROMISED
+    assert {case["page_size"] for case in cases} == {"2MiB", "4MiB", "16MiB"}
+    assert {case["layers_per_tensor"] for case in cases} == {1, 4, 32}
+    assert {case["lookahead"] for case in cases} == {"default", 0, 512}
+    assert [len(replay.bounds_of(case)) for case in cases].count(10) == 1
