@@ -10,8 +10,8 @@ RESULTS := $(CURDIR)/build/results
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench bench-micro bench-check bench-record instructions-program fuzz \
-	sanitize sanitize-address sanitize-thread coverage mutants reliability soak wheel clean
+.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench bench-micro bench-check bench-record instructions-program fuzz fuzz-build \
+	sanitize sanitize-address sanitize-thread sanitize-build coverage mutants reliability soak wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -70,25 +70,30 @@ instructions-program: $(READY)
 
 # Under libFuzzer and ASan where there is a clang++, else by mutating the corpus blindly. Finds are in build/fuzz/finds.
 FUZZ_SECONDS ?= 60
-fuzz: $(READY)  ## fuzz targets, FUZZ_SECONDS=60 each
+fuzz: fuzz-build  ## the fuzz targets, FUZZ_SECONDS=60 each, all at once
+	mkdir -p build/fuzz/finds build/fuzz/corpus/operations build/fuzz/corpus/driver_trace $(RESULTS)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/python/test_trace_fuzz.py & requests=$$!; \
+	for target in operations driver_trace; do \
+		build/fuzz/tests/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=60 -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/finds/ build/fuzz/corpus/$$target tests/fuzz/corpus/$$target > $(RESULTS)/fuzz_$$target.log 2>&1 & \
+		eval "$$target=$$!"; \
+	done; \
+	wait $$requests && wait $$operations && wait $$driver_trace || { tail -n 40 $(RESULTS)/fuzz_*.log; exit 1; }
+	tail -n 8 $(RESULTS)/fuzz_*.log
+
+fuzz-build: $(READY)
 	scripts/need clang >/dev/null || true
 	CXX=$$(command -v clang++ || echo c++) $(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DVATTN_BUILD_FUZZ=ON -DVATTN_SANITIZE=address
 	$(BIN)/cmake --build build/fuzz -j $(JOBS) --target fuzz_operations fuzz_driver_trace
-	mkdir -p build/fuzz/finds $(RESULTS)
-	for target in operations driver_trace; do \
-		mkdir -p build/fuzz/corpus/$$target && \
-		build/fuzz/tests/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=60 -print_final_stats=1 \
-			-artifact_prefix=build/fuzz/finds/ build/fuzz/corpus/$$target tests/fuzz/corpus/$$target > $(RESULTS)/fuzz_$$target.log 2>&1 || \
-			{ tail -n 60 $(RESULTS)/fuzz_$$target.log; exit 1; }; \
-		tail -n 8 $(RESULTS)/fuzz_$$target.log; \
-	done
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/python/test_trace_fuzz.py
 
 sanitize: sanitize-thread sanitize-address  ## the C++ tests under TSan, and under ASan and UBSan; Python over the latter
 
 sanitize-thread sanitize-address: sanitize-%: $(READY)
 	scripts/sanitize $(BIN) $* $(JOBS) $(RESULTS)
+
+sanitize-build: $(READY)
+	for kind in address thread; do scripts/sanitize $(BIN) $$kind $(JOBS) $(RESULTS) build || exit 1; done
 
 coverage: $(READY)  ## lines and branches of the C++ core that the C++ tests reach
 	scripts/coverage $(BIN) $(RESULTS)
