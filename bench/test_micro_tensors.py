@@ -15,7 +15,9 @@ PIECE_ROWS = 256  # of 1,024 float32: 1 MiB
 
 @pytest.fixture
 def cache() -> Iterator[vattn.KVCache]:
-    with vattn.KVCache(2, 8, 128, max_batch_size=8, max_seq_len=1024, dtype="bfloat16", lookahead_tokens=0) as made:
+    with vattn.KVCache(
+        2, 8, 128, max_batch_size=8, max_seq_len=1024, dtype="bfloat16", device="cpu", lookahead_tokens=0
+    ) as made:
         made.alloc_block(8)
         made.step([100] * 8)
         yield made
@@ -33,7 +35,7 @@ def test_a_batch_of_all_slots(benchmark: Any, cache: vattn.KVCache) -> None:
 
 def test_a_piece_is_appended(benchmark: Any) -> None:
     piece = torch.randn(PIECE_ROWS, 1024)
-    with vattn.GrowableTensor(1024, 64 * PIECE_ROWS, torch.float32) as tensor:
+    with vattn.GrowableTensor(1024, 64 * PIECE_ROWS, torch.float32, "cpu") as tensor:
 
         def make_room() -> None:
             if len(tensor) == tensor.max_rows:

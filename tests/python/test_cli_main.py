@@ -27,11 +27,11 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command() -> None:
     done = vattn_command("--help")
     assert done.returncode == 0
-    for command in ("info", "plan", "replay", "demo", "--cmake-dir", "--pkgconfig-dir", "--version"):
+    for command in ("info", "plan", "replay", "demo", "bench", "--cmake-dir", "--pkgconfig-dir", "--version"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["info", "plan", "replay", "demo"])
+@pytest.mark.parametrize("command", ["info", "plan", "replay", "demo", "bench"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -1,8 +1,8 @@
 """How fast does memory arrive on the host? A Llama-3-8B cache growing beside a bare loop of the same system calls.
 
 4 GiB, token-major, pages of 64 KiB, once all at once and once a page a row at a time; nobody touches the pages. All
-arms are in one program (bench/cpp/commit.cpp), where they take turns, in CPU time: vattn; the calls it makes and nothing
-else (fallocate and mmap a page, madvise a run); one fallocate and one mmap a page. Thread: one.
+arms are in one program (bench/cpp/commit.cpp), where they take turns, in CPU time: vattn; the calls it makes and
+nothing else (fallocate and mmap a page, madvise a run); one fallocate and one mmap a page. Thread: one.
 """
 
 from __future__ import annotations
