@@ -87,7 +87,7 @@ def measure(name: str, setting: Setting, memory: KernelMemory) -> Case:
     facts |= {"paper_ratio": LEAST_PAGED} if is_papers(setting, grid) else {}
     facts |= {"left_out": left_out} if left_out else {}
     facts |= {} if bed.is_gpu else {"fake": True}
-    return Case(name, setting.parameters, arms, bounds_of(setting, grid, ready), facts)
+    return Case(name, setting.parameters, arms, bounds_of(setting, grid, ready) if bed.is_gpu else [], facts)
 
 
 def arms_of(setting: Setting, memory: KernelMemory) -> dict[str, Callable[[], Work]]:
