@@ -3,7 +3,7 @@
 The contract is one for all devices, so its tests take a ``device``: the host, meta, and cuda. Without
 ``VATTN_TEST_GPU=1`` cuda is the fake driver library of tests/fake_cuda, whose tensors are CPU tensors; with it, the
 real GPU and nothing in its place. The fake is ``VATTN_FAKE_CUDA`` where that is set, else the newest
-``build/*/tests/libfake_cuda.so``; without one the cuda cases skip.
+``build/{test,dev}/tests/libfake_cuda.so``; without one the cuda cases skip.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def find_fake_cuda() -> str | None:
     named = os.environ.get("VATTN_FAKE_CUDA")
     if named:
         return named
-    built = sorted(ROOT.glob("build/*/tests/libfake_cuda.so"), key=lambda path: path.stat().st_mtime)
+    built = [ROOT / f"build/{build}/tests/libfake_cuda.so" for build in ("test", "dev")]  # none of a sanitizer's
+    built = sorted((path for path in built if path.exists()), key=lambda path: path.stat().st_mtime)
     return str(built[-1]) if built else None
 
 

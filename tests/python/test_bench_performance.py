@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vattn.bench.benchmark import Arm, Benchmark, Bound, Case
+from vattn.bench.registry import benchmarks
 from vattn.bench.results import ResultFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +86,17 @@ def test_parity_and_loss_are_said_plainly(performance: Any, tmp_path: Path, ours
     assert performance.measured(claim, performance.read_results(tmp_path)).startswith(words)
     elsewhere = performance.Claim("a claim", "1.24x", "kernels", ("ours", "theirs"), (("slots", 5),))
     assert performance.measured(elsewhere, performance.read_results(tmp_path)) == "see [kernels](#kernels)"
+
+
+def test_a_claim_without_a_second_arm_tells_the_figure_itself(performance: Any, tmp_path: Path) -> None:
+    write(tmp_path / "loom-7", "gpu", "driver", [made_up(4, ours=25.0)])
+    claim = performance.Claim("a claim", "4.8 ms", "driver", ("ours", ""), (("slots", 4),))
+    assert performance.measured(claim, performance.read_results(tmp_path)).startswith("25.0 ")
+
+
+def test_every_claim_names_a_benchmark_that_is_there(performance: Any) -> None:
+    there = {benchmark.name for benchmark in benchmarks("gpu")}
+    assert {claim.benchmark for claims in performance.CLAIMS.values() for claim in claims} <= there
 
 
 def test_quick_runs_and_runs_on_the_fake_driver_are_left_out(performance: Any, tmp_path: Path) -> None:

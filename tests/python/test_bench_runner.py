@@ -260,6 +260,12 @@ def test_labels_tell_cases_apart_and_say_once_what_they_share() -> None:
     assert labels(cases[:1]) == ("", ["layout NHD, size 1"])
 
 
+def test_the_gpu_suite_is_whole_and_begins_with_what_is_right() -> None:
+    names = [benchmark.name for benchmark in benchmarks("gpu")]
+    assert names[0] == "boundaries"
+    assert set(names) == {"boundaries", "driver", "kernel_prefill", "kernel_decode", "gpu_step", "decode", "batch"}
+
+
 def test_the_registry_knows_every_module_once() -> None:
     host = [benchmark.name for benchmark in benchmarks("host")]
     wanted = ["step", "growth", "append", "replay", "cold_start", "mappings", "decode_wait", "hf_decode"]
