@@ -10,7 +10,7 @@ RESULTS := $(CURDIR)/build/results
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo test test-cpp test-python test-gpu lint format stubs bench bench-micro bench-check bench-record instructions-program fuzz fuzz-build \
+.PHONY: help demo test test-build test-cpp test-python test-gpu lint format stubs bench bench-micro bench-check bench-record instructions-program fuzz fuzz-build \
 	sanitize sanitize-address sanitize-thread sanitize-build coverage mutants reliability soak wheel clean
 .DEFAULT_GOAL := help
 
@@ -22,13 +22,15 @@ demo: $(READY)  ## generate text with and without vattn, then replay a trace (ab
 
 test: test-cpp test-python  ## every test that needs no GPU
 
-# The C++ tests run the CUDA driver on the fake libcuda; so do the Python ones, through VATTN_FAKE_CUDA.
-test-cpp: $(READY) $(BUILD)/build.ninja
+test-build: $(READY) $(BUILD)/build.ninja
 	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
+
+# The C++ tests run the CUDA driver on the fake libcuda; so do the Python ones, through VATTN_FAKE_CUDA.
+test-cpp: test-build
 	VATTN_CUDA_LIBRARY=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BUILD)/tests/vattn_tests --gtest_brief=1 \
 		--gtest_output=json:$(RESULTS)/cpp.json
 
-test-python: test-cpp
+test-python: test-build
 	VATTN_FAKE_CUDA=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so $(BIN)/python -m pytest \
 		--junitxml=$(RESULTS)/python.xml -o junit_family=xunit1
 
