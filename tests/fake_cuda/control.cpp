@@ -161,6 +161,7 @@ void fake_cuda_set_capturing(uint64_t stream, int on) {
 }
 
 uint64_t fake_cuda_violations(void) { return Locked()->violations.size(); }
+void fake_cuda_forget_violations(void) { Locked()->violations.clear(); }
 size_t fake_cuda_last_violation(char* text, size_t size) {
   const Locked locked;
   const std::string last = locked->violations.empty() ? std::string() : locked->violations.back();

@@ -100,6 +100,8 @@ FAKE_CUDA_API void fake_cuda_set_capturing(uint64_t stream, int on);
 /* Calls that are undefined behaviour or a later fault with the real driver: unmapping under running work, releasing a handle
  * that is none, touching memory without access, what a capture does not allow, any call in a forked child. Each is refused. */
 FAKE_CUDA_API uint64_t fake_cuda_violations(void);
+/* For a test that breaks a rule on purpose, at its end. */
+FAKE_CUDA_API void fake_cuda_forget_violations(void);
 FAKE_CUDA_API size_t fake_cuda_last_violation(char* text, size_t size); /* its length; cut to size - 1 and terminated */
 
 /* Where tensors over this library's memory live, in DLPack's numbers: 1, the host. vattn looks this symbol up. */
