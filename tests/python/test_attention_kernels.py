@@ -388,6 +388,17 @@ def test_an_fa3_of_another_schema_is_told_by_what_is_wrong():
         torch.ops._vllm_fa3_C.__dict__.pop("fwd", None)
 
 
+def test_an_installed_fa3_of_another_torch_is_passed_over(monkeypatch, tmp_path):
+    library = tmp_path / "vllm_flash_attn" / flash_attn3.LIBRARY
+    library.parent.mkdir()
+    library.write_bytes(b"no library")
+    vllm = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(flash_attn3.importlib.util, "find_spec", lambda name: vllm)
+    monkeypatch.setattr(flash_attn3, "needs_gpu", lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert flash_attn3.LIBRARY in FlashAttention3().unavailable(torch.device("cuda:0"))
+
+
 def test_fa3_that_is_not_loaded_says_how_to_load_it():
     k = torch.zeros(1, 4, 2, 16)
     with pytest.raises(KernelUnavailableError, match=r"flash_attn3\.load"):

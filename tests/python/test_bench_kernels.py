@@ -81,6 +81,8 @@ def test_a_phase_runs_whole_and_every_case_has_its_arms(phase):
         assert ("paged 16 over vattn" in bounds) == papers
         if papers:
             assert bounds["paged 16 over vattn"].least == 1.24
+            same_tile = "vattn, tile 16" if setting.kernel == "triton" else "vattn"
+            assert bounds["paged 16 over vattn"].base == same_tile
             assert bounds["paged 16 over vattn"].is_held(case) in (True, False)
 
 
@@ -108,6 +110,27 @@ def test_an_arm_that_fails_is_told_and_costs_nothing_else(monkeypatch):
     told = "RuntimeError: no kernel image"
     assert case.facts["left_out"] == {"paged 64, in order": told, "paged 64, random": told}
     assert {"plain", "paged 16, random"} <= {arm.name for arm in case.arms}
+
+
+@needs_triton
+def test_a_kernel_that_faults_costs_its_case_and_the_next_run_goes_on_behind_it(monkeypatch):
+    def fault(self, size, shuffled):
+        lost.append(size)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    lost = []
+    monkeypatch.setattr(KernelMemory, "blocks", fault)
+    monkeypatch.setattr(kernels, "context_is_lost", lambda device: bool(lost))
+    bed = Bed("cpu", "cpu", CountingTimer(), torch.float32)
+    grid = dataclasses.replace(TINY, kernels=("sdpa", "triton"))
+    found = []
+    with pytest.raises(RuntimeError, match="triton faulted"):
+        found.extend(kernels.run("decode", ON_CPU, bed, grid))
+    # extend keeps what came before the error
+    assert [case.parameters["kernel"] for case in found] == ["sdpa", "triton"]
+    assert found[0].arms
+    assert (found[1].arms, found[1].bounds, len(lost)) == ([], [], 1)
+    assert "illegal memory access" in found[1].facts["left_out"]["paged 16, in order"]
 
 
 def test_without_a_gpu_the_suite_says_so(monkeypatch):
@@ -147,6 +170,7 @@ def test_plain_and_vattns_memory_are_alike_and_random():
         backings = [memory.plain(), memory.cache(), memory.cache(shuffled=True), memory.cache(layers_per_tensor=2)]
         for layers in backings:
             for k, v in layers:
+                assert not torch.equal(k[:, :64], v[:, :64])
                 for x in (k, v):
                     used = x[:, :64]
                     assert used.shape == (2, 64, 2, 16)
@@ -284,19 +308,57 @@ def test_a_kernel_that_wants_a_guard_has_to_refuse_a_cache_without(monkeypatch):
         assert case.bounds[0].is_held(case) is held
 
 
-def test_a_process_that_dies_fails_what_it_did_not_report(monkeypatch):
+def test_a_process_that_dies_fails_the_layout_it_was_at_and_another_goes_on(monkeypatch):
     class Done:
         stdout = json.dumps({"layout": "guard", "dtype": "bfloat16", "errors": [0.001]}) + "\n"
         stderr = "noise\nCUDA error: an illegal memory access was encountered\n"
         returncode = 1
 
-    seen = []
-    monkeypatch.setattr(boundaries.subprocess, "run", lambda command, **more: seen.append(command) or Done)
-    good, bad = boundaries.cases_of("triton", ["guard", "no guard"], Settings())
+    class DeadAtOnce(Done):
+        stdout = ""
+
+    class Last(Done):
+        stdout = json.dumps({"layout": "blocks 16", "dtype": "bfloat16", "errors": [0.001]}) + "\n"
+        returncode = 0
+
+    seen, runs = [], iter((Done, DeadAtOnce, Last))
+    monkeypatch.setattr(boundaries.subprocess, "run", lambda command, **more: seen.append(command) or next(runs))
+    good, bad, after = boundaries.cases_of("triton", ["guard", "no guard", "blocks 16"], Settings())
     assert good.bounds[0].is_held(good)
     assert not bad.bounds[0].is_held(bad)
     assert "illegal memory access" in bad.facts["failed"]
-    assert seen[0][-4:] == ["--layout", "guard", "--layout", "no guard"]
+    assert after.bounds[0].is_held(after)
+    assert seen[0][-6:] == ["--layout", "guard", "--layout", "no guard", "--layout", "blocks 16"]
+    assert seen[1][-4:] == ["--layout", "no guard", "--layout", "blocks 16"]
+    assert seen[2][-2:] == ["--layout", "blocks 16"]
+
+
+def test_a_process_that_hangs_is_not_waited_for_again(monkeypatch):
+    waits = []
+
+    def hang(command, timeout, **more):
+        waits.append(timeout)
+        raise boundaries.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(boundaries.subprocess, "run", hang)
+    cases = list(boundaries.cases_of("triton", ["guard", "no guard"], Settings()))
+    assert [case.facts["failed"] for case in cases] == ["the process ended with -1: no end after 240 s"] * 2
+    assert waits == [240]
+
+
+def test_a_child_whose_context_is_lost_ends_there(capsys, monkeypatch):
+    class EndError(Exception):
+        pass
+
+    def end(status):
+        raise EndError(status)
+
+    monkeypatch.setattr(boundaries, "check", lambda kernel, layout, device: {"failed": "an illegal memory access"})
+    monkeypatch.setattr(boundaries, "context_is_lost", lambda device: True)
+    monkeypatch.setattr(boundaries.os, "_exit", end)
+    with pytest.raises(EndError, match="1"):
+        boundaries.main(["--kernel", "triton", "--layout", "no guard", "--layout", "guard"])
+    assert [json.loads(line)["layout"] for line in capsys.readouterr().out.splitlines()] == ["no guard"]
 
 
 def test_a_child_prints_a_line_a_layout(capsys, monkeypatch):

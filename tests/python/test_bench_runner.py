@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,20 @@ def test_a_run_out_of_time_stops_between_cases_and_goes_on(
         assert read(tmp_path)["complete"] == (cases == 3)
         assert ("the same command goes on" in capsys.readouterr().out) == (cases < 3)
     assert made_up.measured == [1, 2, 3]
+
+
+def test_past_the_time_no_other_benchmark_is_begun(
+    made_up: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = MadeUp()
+    second = replace(other.benchmark, name="second")
+    monkeypatch.setattr(runner, "benchmarks", lambda _suite: [made_up.benchmark, second])
+    for _ in range(3):
+        bench(tmp_path, "--minutes", "0.0000001")
+    assert (made_up.measured, other.measured) == ([1, 2, 3], [])
+    assert "the same command goes on" in capsys.readouterr().out
+    bench(tmp_path, "--minutes", "0.0000001")
+    assert other.measured == [1]
 
 
 def test_a_broken_result_file_is_measured_anew(made_up: MadeUp, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ release; one that cannot be filled in is a KernelUnavailableError.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class FlashAttention3(Kernel):
         if torch.cuda.get_device_capability(device)[0] != 9:
             return f"fa3 is for compute capability 9.x, {device} is newer"
         return (
-            "" if _operator() is not None or _load_installed() else f"no {LIBRARY}: install vllm, or load(path) a copy"
+            ""
+            if _operator() is not None or _load_installed()
+            else f"no {LIBRARY} that opens: install vllm for this torch, or load(path) a copy"
         )
 
     def guard_tokens(self, head_dim: int) -> int:
@@ -114,7 +117,8 @@ def _load_installed() -> bool:
     for folder in (found.submodule_search_locations or []) if found else []:
         path = Path(folder) / "vllm_flash_attn" / LIBRARY
         if path.exists():
-            load(path)
+            with contextlib.suppress(OSError):  # built for another torch
+                load(path)
     return _operator() is not None
 
 

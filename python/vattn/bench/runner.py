@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     deadline = time.monotonic() + args.minutes * 60 if args.minutes else None
     outcome = Outcome()
+    measured = 0
     has_plots = True
     for suite in SUITES:
         own = [benchmark for benchmark in chosen if benchmark.suite == suite]
@@ -70,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
             file = ResultFile(folder, benchmark, head)
             if not args.fresh:
                 file.take_over()
-            measure(benchmark, settings, file, outcome, deadline)
+            # One case at least, however short the time: the same command, given again and again, comes to an end.
+            if measured and not file.complete and deadline is not None and time.monotonic() > deadline:
+                outcome.stopped = True
+                break
+            measured += measure(benchmark, settings, file, outcome, deadline)
             has_plots = finish(benchmark, file, outcome) and has_plots
     if not has_plots:
         print(PLOTS_HINT)
@@ -113,11 +118,11 @@ def choose(suite: str, only: list[str] | None) -> list[Benchmark]:
 
 def measure(
     benchmark: Benchmark, settings: Settings, file: ResultFile, outcome: Outcome, deadline: float | None = None
-) -> None:
-    """Run the cases that are not in the file yet, writing each as it comes."""
+) -> int:
+    """Run the cases that are not in the file yet, writing each as it comes; how many were measured."""
     if file.complete:
-        return
-    done = file.done
+        return 0
+    done, measured = file.done, 0
     total = benchmark.count(settings)
     with progress(f"{benchmark.suite}, {benchmark.name}", total) as advance:
         advance(len(done))
@@ -128,6 +133,7 @@ def measure(
                 now = time.monotonic()
                 if case.key not in done:
                     file.add(replace(case, bench=benchmark.name), _date(), now - since)
+                measured += not case.skipped
                 advance(len(file.cases))
                 since = now
                 if deadline is not None and now > deadline:
@@ -137,6 +143,7 @@ def measure(
     file.complete = not failed and not outcome.stopped
     if file.cases:
         file.write()
+    return measured
 
 
 def _guarded(benchmark: Benchmark, settings: Settings, outcome: Outcome) -> Generator[Case, None, None]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ NEWEST = 16
 MOST_ERROR = {"bfloat16": 0.02, "float16": 0.004, "float32": 2e-5}
 GUARD_FOR_ALL = 176
 SECONDS = 240
+LATE = f"no end after {SECONDS} s"
 
 
 def run(settings: Settings) -> Iterator[Case]:
@@ -60,16 +62,19 @@ def run(settings: Settings) -> Iterator[Case]:
 
 
 def cases_of(kernel: str, layouts: list[str], settings: Settings) -> Iterator[Case]:
-    """One kernel's cases; a process that died fails all that it did not report."""
+    """One kernel's cases; a process that died fails the one that it was at, and another takes those after it."""
     fake = settings.fake_cuda is not None
+    found: dict[str, Any] = {}
     if fake or settings.device == "cpu":
         found = {layout: check(kernel, layout, settings.device, fake) for layout in layouts}
-        ending = ""
-    else:
-        found, ending = check_apart(kernel, layouts, settings)
+    while left := [layout for layout in layouts if layout not in found]:
+        more, ending = check_apart(kernel, left, settings)
+        found |= more or {left[0]: {"failed": ending}}
+        if ending.endswith(LATE):  # one that hangs may do so in every layout
+            found |= {layout: {"failed": ending} for layout in left if layout not in found}
     for layout in layouts:
         parameters = {"kernel": kernel, "layout": layout}
-        facts = found.get(layout, {"failed": ending})
+        facts = found[layout]
         if facts.get("skipped"):
             yield Case(NAME, parameters, skipped=facts["skipped"])
             continue
@@ -90,7 +95,7 @@ def check_apart(kernel: str, layouts: list[str], settings: Settings) -> tuple[di
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
         text, status, errors = done.stdout, done.returncode, done.stderr
     except subprocess.TimeoutExpired as late:
-        text, status, errors = _text(late.stdout), -1, f"no end after {SECONDS} s"
+        text, status, errors = _text(late.stdout), -1, LATE
     found: dict[str, Any] = {}
     for line in text.splitlines():
         if line.startswith("{"):
@@ -301,8 +306,23 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     carried.use(args.carried, interpret=args.device == "cpu")
     for layout in args.layout:
-        print(json.dumps({"layout": layout, **check(args.kernel, layout, args.device)}), flush=True)
+        facts = check(args.kernel, layout, args.device)
+        print(json.dumps({"layout": layout, **facts}), flush=True)
+        if "failed" in facts and context_is_lost(args.device):
+            os._exit(1)  # every later call would fail too, those that tidy up included
     return 0
+
+
+def context_is_lost(device: str) -> bool:
+    """Whether a kernel's fault has ended this process's use of the GPU."""
+    import torch
+
+    try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 #: Before anything is timed.

@@ -73,7 +73,7 @@ class KernelMemory:
         """One allocation of torch's, cut into layers."""
         if "plain" not in self._made:
             shape = (self.count, self.setting.batch, self.tokens, self.model.kv_heads, self.model.head_dim)
-            k, v = self._random(shape), self._random(shape)
+            k, v = self._random(shape, 1), self._random(shape, 2)
             self._made["plain"] = list(zip(k, v, strict=True))
         return self._made["plain"]
 
@@ -90,9 +90,10 @@ class KernelMemory:
                     cache.step({slot: self.setting.context})
             made: Layers = []
             for layer in range(self.count):
-                for tensor in cache.batch(layer, list(range(self.setting.batch)), self.setting.context):
+                both = cache.batch(layer, list(range(self.setting.batch)), self.setting.context)
+                for seed, tensor in enumerate(both, 2 * layer):  # keys and values are not the same numbers
                     assert tensor is not None
-                    tensor.normal_(generator=self.bed.generator(layer))
+                    tensor.normal_(generator=self.bed.generator(seed))
                 k, v = cache.layer(layer)
                 assert v is not None
                 made.append((k, v))
@@ -135,9 +136,9 @@ class KernelMemory:
     ) -> None:
         self.close()
 
-    def _random(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def _random(self, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
         made = torch.empty(shape, dtype=self.bed.dtype, device=self.bed.device)
-        return made.normal_(generator=self.bed.generator(len(shape)))
+        return made.normal_(generator=self.bed.generator(seed))
 
     def _cache(self, layers: int, **more: Any) -> vattn.KVCache:
         cache = vattn.KVCache(

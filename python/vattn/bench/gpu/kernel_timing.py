@@ -8,7 +8,9 @@ Thread: one, and nothing else uses the GPU meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +18,9 @@ from typing import Any, Protocol
 import torch
 
 from vattn.bench.benchmark import Arm
+
+#: Cycles of the GPU's clock that an arm's launch and two marks are given: about 100 us, more than they take.
+AHEAD_CYCLES = 200_000
 
 
 class Timer(Protocol):
@@ -36,8 +41,11 @@ class GraphTimer:
         cuda: Any = torch.cuda  # its classes have no types
         self.stream = cuda.Stream(self.device)
         self.event: Any = partial(cuda.Event, enable_timing=True)
-        # Graphs are replayed one after the other and what they return is not looked at: one pool serves them all.
-        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.delay: Any = cuda._sleep
+        # Graphs are replayed one after the other and what they return is not looked at: one pool serves all that live
+        # at a time. It ends with the last of them, and a capture into a pool that has ended is refused.
+        self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.pool: Any = None
 
     def prepare(self, work: Callable[[], object]) -> Callable[[], object]:
         with torch.cuda.device(self.device):
@@ -46,19 +54,34 @@ class GraphTimer:
                 work()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
+            if not len(self.graphs):
+                self.pool = torch.cuda.graph_pool_handle()
             # Not torch.cuda.graph(): that collects garbage and empties the allocator's cache, for every arm.
             with torch.cuda.stream(self.stream):
                 graph.capture_begin(pool=self.pool)
                 try:
                     work()
-                finally:
                     graph.capture_end()
-        replay: Callable[[], object] = graph.replay
+                except BaseException:
+                    # What failed is the error to tell, and torch takes no other capture into this one's pool.
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    self.graphs = weakref.WeakSet()
+                    raise
+        self.graphs.add(graph)
+        # A graph has addresses and owns nothing: tables, lengths and scratch live as long as the work that made them.
+        kept = (graph, work)
+
+        def replay() -> None:
+            kept[0].replay()
+
         return replay
 
     def seconds(self, calls: list[Callable[[], object]]) -> list[float]:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             marks = [self.event() for _ in range(2 * len(calls))]
+            # The GPU begins when all is in its queue: else what the host takes to launch a short arm is in the sample.
+            self.delay(AHEAD_CYCLES * len(calls))
             for number, call in enumerate(calls):
                 marks[2 * number].record()
                 call()
