@@ -89,13 +89,15 @@ fuzz-build: $(READY)
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DVATTN_BUILD_FUZZ=ON -DVATTN_SANITIZE=address
 	$(BIN)/cmake --build build/fuzz -j $(JOBS) --target fuzz_operations fuzz_driver_trace
 
+# SHORT=1: what each change must pass; scripts/sanitize says what that is.
+SHORT ?=
 sanitize: sanitize-thread sanitize-address  ## the C++ tests under TSan, and under ASan and UBSan; Python over the latter
 
 sanitize-thread sanitize-address: sanitize-%: $(READY)
-	scripts/sanitize $(BIN) $* $(JOBS) $(RESULTS)
+	SHORT=$(SHORT) scripts/sanitize $(BIN) $* $(JOBS) $(RESULTS)
 
 sanitize-build: $(READY)
-	for kind in address thread; do scripts/sanitize $(BIN) $$kind $(JOBS) $(RESULTS) build || exit 1; done
+	for kind in address thread; do SHORT=$(SHORT) scripts/sanitize $(BIN) $$kind $(JOBS) $(RESULTS) build || exit 1; done
 
 coverage: $(READY)  ## lines and branches of the C++ core that the C++ tests reach
 	scripts/coverage $(BIN) $(RESULTS)
