@@ -120,7 +120,8 @@ class Results:
         parts = []
         for file in files:
             for name, values in self.figures.get(file, {}).items():
-                total = f"{sum(map(int, values)):,}" if all(re.fullmatch(r"\d+", each) for each in values) else ""
+                counts = "seed" not in name and all(re.fullmatch(r"\d+", each) for each in values)
+                total = f"{sum(map(int, values)):,}" if counts else ""
                 parts.append(f"{name}: {total or ', '.join(values)}")
         return "; ".join(parts)
 
