@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "child_process.hpp"
+#include "soak.hpp"
 #include "vattn/kv/kv_cache.hpp"
 #include "vattn/tensor/growable_tensor.hpp"
 
@@ -88,6 +89,7 @@ bool kernel_can_populate() {
 constexpr long kFewFaults = 256;
 
 TEST(HostDriver, MemoryThatWillBeWrittenIsBroughtInWithoutAFaultAPage) {
+  if (kSanitized) GTEST_SKIP() << "the sanitizer's own memory faults too";
   if (!kernel_can_populate()) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
   const auto driver = open_host_driver();
   constexpr std::size_t kSize = 64 * kPage;
@@ -105,6 +107,7 @@ TEST(HostDriver, MemoryThatWillBeWrittenIsBroughtInWithoutAFaultAPage) {
 }
 
 TEST(HostDriver, RowsOfAGrowableTensorAreWrittenWithoutAFaultAPage) {
+  if (kSanitized) GTEST_SKIP() << "the sanitizer's own memory faults too";
   if (!kernel_can_populate()) GTEST_SKIP() << "this kernel has no MADV_POPULATE_WRITE";
   GrowableTensor tensor({.row_shape = {4096}, .max_rows = 4096, .dtype = DType::kUInt8});
   tensor.resize(1024);
