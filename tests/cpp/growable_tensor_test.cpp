@@ -63,7 +63,8 @@ TEST_P(GrowableTensorTest, MoreThanTheDriverHasIsRefusedBeforeAnythingIsTaken) {
   const std::int64_t rows = kSanitized ? 1 << 18 : 1 << 20;  // of 1 MiB; a sanitizer leaves less room for addresses
   const auto tensor = make({.row_shape = {1 << 20}, .max_rows = rows, .dtype = DType::kUInt8, .memory_limit = INT64_MAX});
   const std::uint64_t calls = driver_.counts->calls(Verb::kCreate);
-  const auto more = std::min<std::uint64_t>(driver_.counts->memory_info().available_bytes >> 20, static_cast<std::uint64_t>(rows) - 1) + 1;
+  const auto more =
+      std::min<std::uint64_t>(driver_.counts->memory_info().available_bytes >> 20, static_cast<std::uint64_t>(rows) - 1) + 1;
   if (GetParam().name == "null") return;  // accounting has no bound
   EXPECT_THROW(tensor->resize(static_cast<std::int64_t>(more)), OutOfMemoryError);
   EXPECT_EQ(driver_.counts->calls(Verb::kCreate), calls);
