@@ -18,7 +18,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):  # noqa: N803
+def _dot(a, b, acc, WIDEN: tl.constexpr):
     """WIDEN: in float32, exact for the operands; Triton's interpreter multiplies no bfloat16."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -43,15 +43,15 @@ def _tiles(
     stride_kt,
     stride_vb,
     stride_vt,
-    DIM: tl.constexpr,  # noqa: N803
-    DIM_V: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    WIDTH_V: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    PAGED: tl.constexpr,  # noqa: N803
-    WIDEN: tl.constexpr,  # noqa: N803
-    MASKED: tl.constexpr,  # noqa: N803
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """One online-softmax step a tile. Without MASKED every row of the program sees every key of these tiles."""
     tokens = tl.arange(0, TILE)
@@ -118,16 +118,16 @@ def attend(
     stride_ot,
     stride_oh,
     stride_wn,
-    DIM: tl.constexpr,  # noqa: N803
-    DIM_V: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    WIDTH_V: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    PAGED: tl.constexpr,  # noqa: N803
-    SPLIT: tl.constexpr,  # noqa: N803
-    WIDEN: tl.constexpr,  # noqa: N803
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Program (row tile, key head x split, request). `where_ptr`: the block table, or the requests' rows."""
     # The last rows see the most keys: started first, they do not end last.
@@ -205,9 +205,9 @@ def join_splits(
     stride_on,
     stride_ot,
     stride_oh,
-    DIM_V: tl.constexpr,  # noqa: N803
-    WIDTH_V: tl.constexpr,  # noqa: N803
-    MOST_SPLITS: tl.constexpr,  # noqa: N803
+    DIM_V: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
 ):
     """Program (row, key head, request): the splits' results, weighted by their sums of exponentials."""
     row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)

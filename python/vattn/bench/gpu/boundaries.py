@@ -56,9 +56,9 @@ def run(settings: Settings) -> Iterator[Case]:
         yield Case(NAME, {"kernel": "all"}, skipped=reason)
         return
     for kernel in KERNELS:
-        todo = [layout for layout in LAYOUTS if not settings.is_done({"kernel": kernel, "layout": layout})]
-        if todo:
-            yield from cases_of(kernel, todo, settings)
+        left = [layout for layout in LAYOUTS if not settings.is_done({"kernel": kernel, "layout": layout})]
+        if left:
+            yield from cases_of(kernel, left, settings)
 
 
 def cases_of(kernel: str, layouts: list[str], settings: Settings) -> Iterator[Case]:
