@@ -3,7 +3,7 @@
 // A generation counter is bumped in every forked child, and every memory file's descriptor is closed there, so that a child can
 // neither erase its parent's bytes nor keep them alive. Objects record the generation they were made in and compare it before
 // they take any lock: a lock held by another thread at fork() stays locked for ever in the child.
-// Thread: any. This is the one piece of process-wide state in the library, because fork() is process-wide.
+// Thread: any. Process-wide, because fork() is; so is driver/host/reservations.hpp, which keeps the child's addresses taken.
 #pragma once
 
 #include <cstdint>

@@ -13,6 +13,7 @@
 #include "vattn/driver/host/headroom.hpp"
 #include "vattn/driver/host/mapping_wall.hpp"
 #include "vattn/driver/host/memory_file.hpp"
+#include "vattn/driver/host/reservations.hpp"
 #include "vattn/driver/host/system_error.hpp"
 #include "vattn/driver/mapping_table.hpp"
 #include "vattn/fork.hpp"
@@ -102,6 +103,7 @@ class HostDriver final : public Driver {
   std::size_t granularity_;
   DriverTraits traits_;
   mutable std::mutex mutex_;
+  const host::reservations::DriverLock held_over_fork_{mutex_};
   MappingTable table_;
   host::MemoryFile file_;
   host::Headroom headroom_;
@@ -149,9 +151,10 @@ Address HostDriver::reserve(std::size_t size, UnmappedReads reads) {
     if (::madvise(pointer(base), size, MADV_DONTFORK) != 0) {
       throw host::system_error("madvise(MADV_DONTFORK)", errno, std::to_string(size) + " bytes");
     }
+    host::reservations::add(base, size);
     table_.note_reserve(base, size, reads, next_window_);
   } catch (...) {
-    ::munmap(pointer(base), size);
+    static_cast<void>(host::reservations::unmap(base, size));
     throw;
   }
   next_window_ += round_up(size, kHugePage);
@@ -163,7 +166,7 @@ void HostDriver::release_range(Address base, std::size_t size) {
   generation_.check("this host driver");
   const std::lock_guard lock(mutex_);
   table_.check_release_range(base, size);
-  if (::munmap(pointer(base), size) != 0) throw host::system_error("munmap", errno, std::to_string(size) + " bytes");
+  if (!host::reservations::unmap(base, size)) throw host::system_error("munmap", errno, std::to_string(size) + " bytes");
   table_.note_release_range(base);
   --extents_;
 }
