@@ -33,13 +33,30 @@ struct State {
 
 State& state();
 
+/// Calls `visit(base, size)` for every stretch of neighbouring reservations: fewer system calls.
+template <typename Visit>
+void each_stretch(const std::map<Address, std::size_t>& ranges, Visit&& visit) {
+  Address base = 0;
+  std::size_t length = 0;
+  for (const auto& [at, size] : ranges) {
+    if (at != base + length) {
+      if (length != 0) visit(base, length);
+      base = at;
+      length = 0;
+    }
+    length += size;
+  }
+  if (length != 0) visit(base, length);
+}
+
 void before_fork() noexcept {
   State& process = state();
   process.drivers_mutex.lock();
   for (std::mutex* driver : process.drivers) driver->lock();
   process.mutex.lock();
   // A growth that is under way has mapped pages and given no advice yet. Where the advice stands already this costs nothing.
-  for (const auto& [base, size] : process.ranges) static_cast<void>(::madvise(pointer(base), size, MADV_DONTFORK));
+  each_stretch(process.ranges,
+               [](Address base, std::size_t size) { static_cast<void>(::madvise(pointer(base), size, MADV_DONTFORK)); });
 }
 
 void after_fork() noexcept {
@@ -68,7 +85,7 @@ void occupy(Address base, std::size_t size, std::size_t granularity) noexcept {
 
 void in_child() noexcept {
   const State& process = state();
-  for (const auto& [base, size] : process.ranges) occupy(base, size, process.granularity);
+  each_stretch(process.ranges, [&](Address base, std::size_t size) { occupy(base, size, process.granularity); });
   after_fork();
 }
 
