@@ -23,7 +23,10 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
         "base",
         tuple(
             f"src/cpp/vattn/{name}"
-            for name in ("checked.hpp", "dtype.hpp", "error.hpp", "export.hpp", "fork.hpp", "fork.cpp", "version.hpp")
+            for name in (
+                *("checked.hpp", "dtype.hpp", "error.hpp", "export.hpp", "fork.hpp", "fork.cpp"),
+                *("version.hpp", "version.cpp"),
+            )
         ),
     ),
     ("driver", ("src/cpp/vattn/driver/",)),

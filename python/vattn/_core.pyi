@@ -17,6 +17,11 @@ def probe_host() -> dict[str, Any]:
 def dtypes() -> list[str]:
     """Names of the element types."""
 
+def owns(address: int) -> bool:
+    """
+    Whether the byte at an address is in memory of vattn's: of an open cache or tensor, or of one that a tensor keeps.
+    """
+
 class PagePool:
     def __init__(self, device: str, memory_limit: int | None, page_size: int | None) -> None: ...
     def page_size(self) -> int: ...

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vattn._torch import require
+
 
 def finisher(dtype_name: str, device_name: str) -> Callable[[Any], Any]:
     """A function over a tuple of tensors (or None). Chosen once a cache: nearly always there is nothing left to do."""
@@ -20,13 +22,10 @@ def finisher(dtype_name: str, device_name: str) -> Callable[[Any], Any]:
 
 
 def _dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
+    return getattr(require("a tensor over vattn's memory"), name)
 
 
 def _on_meta(shape_and_strides: tuple[tuple[int, ...], tuple[int, ...]], dtype_name: str) -> Any:
-    import torch
-
+    torch = require("a view")
     shape, strides = shape_and_strides
     return torch.empty_strided(shape, strides, dtype=_dtype(dtype_name), device="meta")

@@ -21,6 +21,7 @@ from vattn._arguments import (
     to_size,
 )
 from vattn._tensors import finisher
+from vattn._torch import require
 from vattn.page_pool import native_pool
 
 if TYPE_CHECKING:
@@ -185,7 +186,12 @@ class GrowableTensor:
     def tensor(self) -> torch.Tensor:
         """The rows in use, ``(len(self), *row_shape)``, sharing memory; always at the same ``data_ptr()``.
 
-        While there are no rows torch gives 0 for it, as for any empty tensor.
+        While there are no rows torch gives 0 for it, as for any empty tensor. Pickling it and sending it to another
+        process (queues, DataLoader) take a copy of the rows it shows, made when it is pickled, and leave it where it
+        is. ``share_memory_()`` does not: torch then gives this tensor object other memory, which appended rows never
+        reach. Call ``.clone()`` first, and share that.
+
+        ModuleNotFoundError: torch is not installed.
         """
         tensor: torch.Tensor = self._finish((self._native.tensor(),))[0]
         return tensor
@@ -229,15 +235,12 @@ class GrowableTensor:
 
     @property
     def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self._device_name)
+        device: torch.device = require("GrowableTensor.device").device(self._device_name)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self._dtype_name)
+        dtype: torch.dtype = getattr(require("GrowableTensor.dtype"), self._dtype_name)
         return dtype
 
     def close(self) -> None:

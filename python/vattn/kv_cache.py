@@ -29,6 +29,7 @@ from vattn._arguments import (
 )
 from vattn._streams import to_handle, to_stream
 from vattn._tensors import finisher
+from vattn._torch import require
 from vattn.page_pool import native_pool
 from vattn.stats import Stats
 
@@ -247,7 +248,13 @@ class KVCache:
     def view(self, layer: int, slot: int) -> Views:
         """Keys and values of one slot, ``(seq_len, num_kv_heads, head_dim)``: the tokens in use, sharing memory.
 
-        The tensors keep their addresses, and their contents after :meth:`close`, for as long as they live.
+        The tensors keep their addresses, and their contents after :meth:`close`, for as long as they live. Pickling,
+        ``torch.save``, ``deepcopy`` and sending one to another process (queues, DataLoader) take a copy of what it
+        shows, made when it is pickled, and leave it in the cache. ``share_memory_()`` does not: torch then gives the
+        tensor other memory, the whole span of it, which for a head-major view includes the gaps between heads, and it
+        shows the cache no more. Call ``.clone()`` first, and share that.
+
+        ModuleNotFoundError: torch is not installed.
         """
         return self._finish(self._native.view(to_int(layer, "layer"), to_int(slot, "slot")))
 
@@ -255,7 +262,7 @@ class KVCache:
         """Several slots as one strided batch, ``(n, length, num_kv_heads, head_dim)``.
 
         ValueError unless the slots ascend in equal steps, are in use, and have ``length`` tokens committed (or read as
-        zeros).
+        zeros). Copies, pickles and ``share_memory_()``: as for :meth:`view`.
         """
         return self._finish(
             self._native.batch(to_int(layer, "layer"), to_ints(slots, "slots"), to_int(length, "length"))
@@ -264,8 +271,9 @@ class KVCache:
     def layer(self, layer: int) -> Views:
         """The whole reservation of a layer: ``(max_batch_size, max_seq_len, num_kv_heads, head_dim)``.
 
-        For kernels that take lengths. Not all of it has memory: do not print, copy or save it: that touches every
-        token.
+        For kernels that take lengths. Not all of it has memory: do not print, copy, save, send or
+        ``share_memory_()`` it, since that touches every token; nor write, as ``zero_()`` does, where no token is. Take
+        a part of it, ``k[slot, :n]``: what such a part shows is what is pickled and sent, as for :meth:`view`.
         """
         return self._finish(self._native.layer(to_int(layer, "layer")))
 
@@ -437,15 +445,12 @@ class KVCache:
 
     @property
     def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self._device_name)
+        device: torch.device = require("KVCache.device").device(self._device_name)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self._dtype_name)
+        dtype: torch.dtype = getattr(require("KVCache.dtype"), self._dtype_name)
         return dtype
 
     def __enter__(self) -> KVCache:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vattn import _core
 from vattn._arguments import to_device_name, to_optional_size, to_size
+from vattn._torch import require
 from vattn.sizes import format_size, shown
 from vattn.stats import MemberStats, PoolStats
 
@@ -68,9 +69,8 @@ class PagePool:
 
     @property
     def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self._device_name)
+        device: torch.device = require("PagePool.device").device(self._device_name)
+        return device
 
     def stats(self) -> PoolStats:
         """A snapshot of bytes, of the pool and of each member."""

@@ -63,6 +63,7 @@ struct SharedPool {
 
 void bind_errors(nb::module_& module);
 void bind_system(nb::module_& module);
+void bind_tensors(nb::module_& module);
 void bind_page_pool(nb::module_& module);
 void bind_kv_cache(nb::module_& module);
 void bind_growable_tensor(nb::module_& module);

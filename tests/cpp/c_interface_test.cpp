@@ -1,16 +1,19 @@
 // The C interface as a C program uses it: what each function does, which status each kind of error becomes, and what NULL gets.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cuda_under_test.hpp"
 #include "vattn/c/vattn.h"
+#include "vattn/tensor/buffer.hpp"
 
 namespace vattn {
 namespace {
@@ -18,6 +21,14 @@ namespace {
 constexpr std::int64_t kPage = 64 << 10;
 constexpr std::int64_t kPageTokens = 1024;  // of 2 heads of 16 float16, token-major
 constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
+
+/// A struct as a C program makes it.
+template <typename Struct>
+Struct ready() {
+  Struct made;
+  VATTN_INIT(&made);
+  return made;
+}
 
 std::string last_error() { return vattn_last_error(); }
 
@@ -37,7 +48,7 @@ vattn_cache_config small_config(const char* device) {
   config.layout = "NHD";
   config.page_size = kPage;
   config.memory_limit = 64 * kPage;
-  config.lookahead_tokens = 0;
+  config.lookahead_tokens = VATTN_NONE;
   return config;
 }
 
@@ -60,7 +71,7 @@ struct Cache {
     return vattn_cache_step_slots(handle, &slot, &tokens, 1);
   }
   [[nodiscard]] vattn_stats stats() const {
-    vattn_stats stats{};
+    auto stats = ready<vattn_stats>();
     EXPECT_EQ(vattn_cache_stats(handle, &stats), VATTN_OK) << vattn_last_error();
     return stats;
   }
@@ -82,7 +93,7 @@ struct Pool {
   ~Pool() { vattn_pool_destroy(handle); }
 
   [[nodiscard]] vattn_pool_stats stats() const {
-    vattn_pool_stats stats{};
+    auto stats = ready<vattn_pool_stats>();
     EXPECT_EQ(vattn_pool_stats_now(handle, &stats), VATTN_OK) << vattn_last_error();
     return stats;
   }
@@ -116,17 +127,14 @@ TEST(CInterface, SaysItsVersion) {
   EXPECT_EQ(std::string(vattn_version()).find_first_not_of("0123456789."), std::string::npos);
 }
 
-TEST(CInterface, AConfigStartsWithTheDefaults) {
+TEST(CInterface, AConfigStartsAsZeros) {
   vattn_cache_config config;
   std::memset(&config, 0x7F, sizeof config);
   vattn_cache_config_init(&config);
-  EXPECT_EQ(config.v_head_dim, -1);
-  EXPECT_EQ(config.layers_per_tensor, 1);
-  EXPECT_EQ(config.lookahead_tokens, -1);
-  EXPECT_EQ(config.warm_tokens, -1);
-  EXPECT_EQ(config.num_layers, 0);
-  EXPECT_EQ(config.dtype, nullptr);
-  EXPECT_EQ(config.pool, nullptr);
+  EXPECT_EQ(config.struct_size, sizeof config);
+  config.struct_size = 0;
+  const vattn_cache_config zeros{};
+  EXPECT_EQ(std::memcmp(&config, &zeros, sizeof config), 0);
   vattn_cache_config_init(nullptr);
 }
 
@@ -137,15 +145,15 @@ TEST(CInterface, WhatAConfigLeavesOutIsChosen) {
   config.head_dim = 64;
   config.max_seq_len = 4096;
   config.dtype = "bfloat16";
-  config.layers_per_tensor = 0;
   const Cache cache(config);
   EXPECT_EQ(cache.alloc(), 0);
   EXPECT_EQ(cache.step(0, 10), VATTN_OK);
   EXPECT_EQ(vattn_cache_settle(cache.handle), VATTN_OK);
-  vattn_view k{};
-  vattn_view v{};
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
   ASSERT_EQ(vattn_cache_view(cache.handle, 0, 0, &k, &v), VATTN_OK);
   EXPECT_NE(k.data, nullptr) << "no device is the cpu";
+  EXPECT_EQ(v.shape[2], 64) << "as head_dim";
   EXPECT_GT(cache.stats().limit_bytes, 0U);
 }
 
@@ -164,8 +172,8 @@ TEST(CInterface, EveryFieldOfAConfigArrives) {
   EXPECT_EQ(value, kPage);
   EXPECT_EQ(vattn_cache_tokens_per_page(sliced.handle, &value), VATTN_OK);
   EXPECT_EQ(value, kPageTokens / 2) << "two layers in a tensor";
-  vattn_view k{};
-  vattn_view v{};
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
   ASSERT_EQ(vattn_cache_layer(sliced.handle, 1, &k, &v), VATTN_OK);
   EXPECT_EQ(k.shape[3], 16);
   EXPECT_EQ(v.shape[3], 8);
@@ -246,8 +254,8 @@ TEST(CInterface, WhatIsWrittenIsReadThroughEveryView) {
   k_rows[32] = 8;  // the second slot's first element
   ASSERT_EQ(vattn_cache_write(cache.handle, 1, slots.data(), positions.data(), 2, k_rows.data(), v_rows.data()), VATTN_OK);
 
-  vattn_view k{};
-  vattn_view v{};
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
   ASSERT_EQ(vattn_cache_view(cache.handle, 1, 1, &k, &v), VATTN_OK);
   EXPECT_EQ(k.ndim, 3);
   EXPECT_EQ(std::vector<std::int64_t>(k.shape, k.shape + 4), (std::vector<std::int64_t>{4, 2, 16, 0}));
@@ -267,7 +275,7 @@ TEST(CInterface, WhatIsWrittenIsReadThroughEveryView) {
 
 TEST(CInterface, ACacheOfKeysOnlyHasNoV) {
   vattn_cache_config config = small_config("cpu");
-  config.v_head_dim = 0;
+  config.v_head_dim = VATTN_NONE;
   const Cache cache(config);
   const std::int64_t slot = cache.alloc();
   ASSERT_EQ(cache.step(slot, 1), VATTN_OK);
@@ -275,8 +283,8 @@ TEST(CInterface, ACacheOfKeysOnlyHasNoV) {
   const std::vector<std::uint16_t> row(std::size_t{2} * 16, 5);
   ASSERT_EQ(vattn_cache_write(cache.handle, 0, &slot, &position, 1, row.data(), nullptr), VATTN_OK);
   EXPECT_EQ(vattn_cache_write(cache.handle, 0, &slot, &position, 1, row.data(), row.data()), VATTN_INVALID_ARGUMENT);
-  vattn_view k{};
-  vattn_view v{};
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
   v.ndim = 3;
   ASSERT_EQ(vattn_cache_view(cache.handle, 0, slot, &k, &v), VATTN_OK);
   EXPECT_EQ(static_cast<std::uint16_t*>(k.data)[0], 5);
@@ -288,8 +296,8 @@ TEST(CInterface, AccountingHasNoAddresses) {
   const Cache cache("meta");
   const std::int64_t slot = cache.alloc();
   ASSERT_EQ(cache.step(slot, 1), VATTN_OK);
-  vattn_view k{};
-  vattn_view v{};
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
   ASSERT_EQ(vattn_cache_view(cache.handle, 0, slot, &k, &v), VATTN_OK);
   EXPECT_EQ(k.data, nullptr);
   EXPECT_EQ(k.shape[0], 1);
@@ -328,8 +336,8 @@ TEST(CInterface, WhatAStreamStillUsesIsRetiredUntilItHasFinished) {
     std::int64_t slot = -1;
     ASSERT_EQ(vattn_cache_alloc_on_stream(cache.handle, stream, &slot), VATTN_OK);
     ASSERT_EQ(cache.step(slot, 1), VATTN_OK);
-    vattn_view k{};
-    vattn_view v{};
+    auto k = ready<vattn_view>();
+    auto v = ready<vattn_view>();
     ASSERT_EQ(vattn_cache_view(cache.handle, 0, slot, &k, &v), VATTN_OK);
     const std::uint64_t kernel = fake_cuda_kernel_begin_on(stream, reinterpret_cast<std::uint64_t>(k.data), 64, -1);
     ASSERT_NE(kernel, 0U);
@@ -342,6 +350,166 @@ TEST(CInterface, WhatAStreamStillUsesIsRetiredUntilItHasFinished) {
   }
   fake_cuda_stream_destroy(stream);
   EXPECT_EQ(fake_cuda_violations(), 0U) << cuda::last_violation();
+}
+
+// ---- structs ------------------------------------------------------------------------------------------------------------
+
+/// Runs `call` on a struct of every size but the library's, the bytes behind it watched.
+template <typename Struct>
+void expect_other_sizes_refused(const std::string& parameter, const std::function<vattn_status(Struct*)>& call) {
+  struct Watched {
+    Struct value;
+    std::array<unsigned char, 64> behind;
+  };
+  for (const std::size_t size :
+       {std::size_t{0}, std::size_t{1}, sizeof(Struct) - 8, sizeof(Struct) + 8, std::size_t{1} << 40}) {
+    Watched watched;
+    std::memset(&watched, 0x5A, sizeof watched);
+    watched.value.struct_size = size;
+    const Watched before = watched;
+    EXPECT_EQ(call(&watched.value), VATTN_INVALID_ARGUMENT) << size;
+    EXPECT_TRUE(last_error_has(parameter + ".struct_size=" + std::to_string(size))) << last_error();
+    const char* const hint = size == 0 ? "VATTN_INIT" : size < sizeof(Struct) ? "an older vattn.h" : "a newer vattn.h";
+    EXPECT_TRUE(last_error_has(hint)) << last_error();
+    EXPECT_EQ(std::memcmp(&watched, &before, sizeof watched), 0) << "written to: " << parameter << " of " << size;
+  }
+}
+
+TEST(CInterface, AStructOfAnotherHeaderIsRefusedByItsSizeAndLeftAlone) {
+  const Cache cache("meta");
+  const Pool pool;
+  const Tensor tensor("meta");
+  const std::int64_t slot = cache.alloc();
+  ASSERT_EQ(cache.step(slot, 1), VATTN_OK);
+  vattn_cache* made = nullptr;
+  auto other = ready<vattn_view>();
+  const auto untouched = other;
+  expect_other_sizes_refused<vattn_cache_config>("config", [&](auto* it) { return vattn_cache_create(it, &made); });
+  expect_other_sizes_refused<vattn_stats>("stats", [&](auto* it) { return vattn_cache_stats(cache.handle, it); });
+  expect_other_sizes_refused<vattn_pool_stats>("stats", [&](auto* it) { return vattn_pool_stats_now(pool.handle, it); });
+  expect_other_sizes_refused<vattn_error_info>("info", [&](auto* it) { return vattn_last_error_info(it); });
+  expect_other_sizes_refused<vattn_view>("k", [&](auto* it) { return vattn_cache_view(cache.handle, 0, slot, it, &other); });
+  expect_other_sizes_refused<vattn_view>("v", [&](auto* it) { return vattn_cache_view(cache.handle, 0, slot, &other, it); });
+  expect_other_sizes_refused<vattn_view>("k", [&](auto* it) { return vattn_cache_layer(cache.handle, 0, it, &other); });
+  expect_other_sizes_refused<vattn_view>("v",
+                                         [&](auto* it) { return vattn_cache_batch(cache.handle, 0, &slot, 1, 1, &other, it); });
+  expect_other_sizes_refused<vattn_view>("view", [&](auto* it) { return vattn_tensor_view(tensor.handle, it); });
+  expect_other_sizes_refused<vattn_view>("view", [&](auto* it) { return vattn_view_retain(it); });
+  expect_other_sizes_refused<vattn_view>("view", [&](auto* it) { return vattn_view_release(it); });
+  EXPECT_EQ(std::memcmp(&other, &untouched, sizeof other), 0) << "refused, so the other view is untouched as well";
+  EXPECT_EQ(made, nullptr);
+}
+
+TEST(CInterface, NoneIsAskedForByName) {
+  vattn_cache_config config = small_config("meta");
+  config.v_head_dim = config.warm_tokens = config.lookahead_tokens = VATTN_NONE;
+  const Cache none(config);
+  std::int64_t slot = none.alloc();
+  ASSERT_EQ(none.step(slot, 1), VATTN_OK);
+  EXPECT_EQ(vattn_cache_settle(none.handle), VATTN_OK);
+  EXPECT_EQ(none.stats().mapped_bytes, 2U * kPage) << "keys of two layers: no values, nothing ahead, nothing warm";
+  config.v_head_dim = config.warm_tokens = config.lookahead_tokens = -2;
+  vattn_cache* made = nullptr;
+  EXPECT_EQ(vattn_cache_create(&config, &made), VATTN_INVALID_ARGUMENT);
+  EXPECT_TRUE(last_error_has("-2")) << last_error();
+}
+
+// ---- views --------------------------------------------------------------------------------------------------------------
+
+TEST(CInterface, AViewSaysWhatItIsOfAndWhere) {
+  for (const auto& [name, bytes] : {std::pair{"bfloat16", 2}, {"float32", 4}, {"float8_e4m3fn", 1}}) {
+    for (const auto& [device, kind] : {std::pair{"cpu", VATTN_CPU}, {"meta", VATTN_META}}) {
+      vattn_cache_config config = small_config(device);
+      config.dtype = name;
+      const Cache cache(config);
+      auto k = ready<vattn_view>();
+      auto v = ready<vattn_view>();
+      ASSERT_EQ(vattn_cache_layer(cache.handle, 0, &k, &v), VATTN_OK);
+      EXPECT_EQ(std::string(k.dtype), name);
+      EXPECT_EQ(std::string(v.dtype), name);
+      EXPECT_EQ(k.element_size, bytes);
+      EXPECT_EQ(k.device_kind, kind);
+      EXPECT_EQ(k.device_index, 0);
+      EXPECT_EQ(k.owner, nullptr);
+    }
+  }
+}
+
+TEST(CInterface, ATensorsViewIsItsRows) {
+  const Tensor tensor;
+  ASSERT_EQ(vattn_tensor_resize(tensor.handle, 3), VATTN_OK);
+  void* data = nullptr;
+  ASSERT_EQ(vattn_tensor_data(tensor.handle, &data), VATTN_OK);
+  auto view = ready<vattn_view>();
+  ASSERT_EQ(vattn_tensor_view(tensor.handle, &view), VATTN_OK);
+  EXPECT_EQ(view.data, data);
+  EXPECT_EQ(view.ndim, 2);
+  EXPECT_EQ(view.shape[0], 3);
+  EXPECT_EQ(view.shape[1], 4);
+  EXPECT_EQ(view.strides[0], 4);
+  EXPECT_EQ(std::string(view.dtype), "float32");
+
+  const std::vector<std::int64_t> shape(VATTN_MAX_DIMS, 1);
+  vattn_tensor* deep = nullptr;
+  ASSERT_EQ(vattn_tensor_create(shape.data(), VATTN_MAX_DIMS, 4, "int8", "meta", 0, 0, &deep), VATTN_OK) << last_error();
+  EXPECT_EQ(vattn_tensor_view(deep, &view), VATTN_INVALID_ARGUMENT);
+  EXPECT_TRUE(last_error_has("9 dimensions")) << last_error();
+  vattn_tensor_destroy(deep);
+}
+
+TEST(CInterface, ARetainedViewOutlivesItsCache) {
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
+  {
+    const Cache cache;
+    const std::int64_t slot = cache.alloc();
+    ASSERT_EQ(cache.step(slot, 2), VATTN_OK);
+    ASSERT_EQ(vattn_cache_view(cache.handle, 1, slot, &k, &v), VATTN_OK);
+    static_cast<std::uint16_t*>(k.data)[k.strides[0]] = 77;
+    ASSERT_EQ(vattn_view_retain(&k), VATTN_OK) << last_error();
+    EXPECT_NE(k.owner, nullptr);
+    EXPECT_EQ(vattn_view_retain(&k), VATTN_INVALID_ARGUMENT) << "one owner a view";
+    EXPECT_EQ(vattn_cache_view(cache.handle, 1, slot, &k, &v), VATTN_INVALID_ARGUMENT) << "its owner would be lost";
+    EXPECT_TRUE(last_error_has("vattn_view_release")) << last_error();
+  }
+  EXPECT_EQ(static_cast<std::uint16_t*>(k.data)[k.strides[0]], 77);
+  static_cast<std::uint16_t*>(k.data)[0] = 78;
+  const auto address = reinterpret_cast<Address>(k.data);
+  EXPECT_TRUE(is_in_a_buffer(address));
+  EXPECT_FALSE(is_in_a_buffer(reinterpret_cast<Address>(v.data))) << "nobody kept V";
+  EXPECT_EQ(vattn_view_retain(&v), VATTN_INVALID_ARGUMENT);
+  EXPECT_TRUE(last_error_has("while its cache or tensor is open")) << last_error();
+  EXPECT_EQ(vattn_view_release(&k), VATTN_OK);
+  EXPECT_EQ(k.owner, nullptr);
+  EXPECT_EQ(k.data, nullptr);
+  EXPECT_FALSE(is_in_a_buffer(address));
+  EXPECT_EQ(vattn_view_release(&k), VATTN_OK) << "nothing to let go of";
+}
+
+TEST(CInterface, ARetainedTensorOutlivesItsTensorAndItsPool) {
+  vattn_pool* pool = nullptr;
+  ASSERT_EQ(vattn_pool_create("cpu", kPage, 4 * kPage, &pool), VATTN_OK) << last_error();
+  const std::int64_t shape = 4;
+  vattn_tensor* tensor = nullptr;
+  ASSERT_EQ(vattn_tensor_create_in_pool(&shape, 1, 100, "float32", pool, &tensor), VATTN_OK) << last_error();
+  ASSERT_EQ(vattn_tensor_resize(tensor, 10), VATTN_OK);
+  auto view = ready<vattn_view>();
+  ASSERT_EQ(vattn_tensor_view(tensor, &view), VATTN_OK);
+  static_cast<float*>(view.data)[39] = 5;
+  ASSERT_EQ(vattn_view_retain(&view), VATTN_OK) << last_error();
+  vattn_tensor_destroy(tensor);
+  vattn_pool_destroy(pool);
+  EXPECT_EQ(static_cast<float*>(view.data)[39], 5);
+  EXPECT_EQ(vattn_view_release(&view), VATTN_OK);
+}
+
+TEST(CInterface, AViewWithoutMemoryNeedsNoOwner) {
+  const Cache cache("meta");
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
+  ASSERT_EQ(vattn_cache_layer(cache.handle, 0, &k, &v), VATTN_OK);
+  EXPECT_EQ(vattn_view_retain(&k), VATTN_OK);
+  EXPECT_EQ(k.owner, nullptr);
 }
 
 // ---- pools and tensors --------------------------------------------------------------------------------------------------
@@ -393,7 +561,7 @@ TEST(CInterface, APoolClosesOnlyWithoutMembers) {
   std::uint64_t limit = 0;
   EXPECT_EQ(vattn_pool_memory_limit(pool.handle, &limit), VATTN_CLOSED);
   EXPECT_EQ(vattn_pool_set_memory_limit(pool.handle, kPage), VATTN_CLOSED);
-  vattn_pool_stats stats{};
+  auto stats = ready<vattn_pool_stats>();
   EXPECT_EQ(vattn_pool_stats_now(pool.handle, &stats), VATTN_CLOSED);
   vattn_tensor_destroy(tensor);
 }
@@ -455,6 +623,50 @@ TEST(CInterface, AMessageStaysUntilTheNextFailureOfThisThread) {
   EXPECT_NE(last_error(), message);
 }
 
+TEST(CInterface, AnErrorCarriesItsBytes) {
+  const Cache cache("meta");
+  ASSERT_EQ(vattn_cache_set_memory_limit(cache.handle, 4 * kPage), VATTN_OK);
+  const std::int64_t slot = cache.alloc();
+  ASSERT_EQ(cache.step(slot, kPageTokens + 1), VATTN_OUT_OF_MEMORY);
+  auto info = ready<vattn_error_info>();
+  ASSERT_EQ(vattn_last_error_info(&info), VATTN_OK);
+  EXPECT_EQ(info.status, VATTN_OUT_OF_MEMORY);
+  EXPECT_EQ(std::string(info.message), last_error());
+  EXPECT_EQ(info.needed_bytes, 8U * kPage);
+  EXPECT_EQ(info.available_bytes, 4U * kPage);
+  EXPECT_EQ(info.limit_bytes, 4U * kPage);
+  EXPECT_EQ(std::string(info.driver_call), "");
+  EXPECT_EQ(std::string(info.driver_code_name), "");
+  EXPECT_EQ(info.driver_code, 0);
+
+  ASSERT_EQ(vattn_cache_free(cache.handle, 99), VATTN_OUT_OF_RANGE);
+  ASSERT_EQ(vattn_last_error_info(&info), VATTN_OK);
+  EXPECT_EQ(info.status, VATTN_OUT_OF_RANGE);
+  EXPECT_EQ(info.needed_bytes, 0U) << "nothing is left of the failure before";
+  std::thread([] {
+    auto elsewhere = ready<vattn_error_info>();
+    EXPECT_EQ(vattn_last_error_info(&elsewhere), VATTN_OK);
+    EXPECT_EQ(elsewhere.status, VATTN_OK);
+    EXPECT_EQ(std::string(elsewhere.message), "");
+  }).join();
+}
+
+TEST(CInterface, AnErrorCarriesTheDriversCallAndCode) {
+  if (!cuda::on_fake()) GTEST_SKIP() << "steers the fake library";
+  fake_cuda_reset();
+  fake_cuda_fail("cuDeviceGet", 1, 101, 1);
+  vattn_pool* pool = nullptr;
+  EXPECT_EQ(vattn_pool_create("cuda:0", 0, 0, &pool), VATTN_DRIVER_ERROR);
+  auto info = ready<vattn_error_info>();
+  ASSERT_EQ(vattn_last_error_info(&info), VATTN_OK);
+  EXPECT_EQ(info.status, VATTN_DRIVER_ERROR);
+  EXPECT_EQ(std::string(info.driver_call), "cuDeviceGet");
+  EXPECT_EQ(info.driver_code, 101);
+  EXPECT_EQ(std::string(info.driver_code_name), "CUDA_ERROR_INVALID_DEVICE");
+  EXPECT_EQ(info.needed_bytes, 0U);
+  fake_cuda_reset();
+}
+
 TEST(CInterface, AnIndexOutOfRangeIsItsOwnStatus) {
   const Cache cache("meta");
   std::int64_t tokens = 77;
@@ -462,8 +674,8 @@ TEST(CInterface, AnIndexOutOfRangeIsItsOwnStatus) {
   EXPECT_TRUE(last_error_has("slot=4")) << last_error();
   EXPECT_EQ(tokens, 77) << "the result is untouched";
   EXPECT_EQ(vattn_cache_committed_len(cache.handle, -1, &tokens), VATTN_OUT_OF_RANGE);
-  vattn_view k{};
-  vattn_view v{};
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
   EXPECT_EQ(vattn_cache_layer(cache.handle, 2, &k, &v), VATTN_OUT_OF_RANGE);
   EXPECT_EQ(vattn_cache_view(cache.handle, 0, 0, &k, &v), VATTN_INVALID_ARGUMENT) << "a slot not in use is a value";
 }
@@ -619,9 +831,9 @@ TEST(CInterface, ANullCacheIsRefusedByEveryFunction) {
   std::int64_t n = 0;
   std::uint64_t bytes = 0;
   std::int32_t fits = 0;
-  vattn_view k{};
-  vattn_view v{};
-  vattn_stats stats{};
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
+  auto stats = ready<vattn_stats>();
   expect_all_refused({
       {"cache", [] { return vattn_cache_close(nullptr); }},
       {"cache", [&] { return vattn_cache_alloc(nullptr, &n); }},
@@ -662,7 +874,7 @@ TEST(CInterface, ANullResultOrListOfACacheIsRefusedAndNothingIsTaken) {
   vattn_cache* made = nullptr;
   std::int64_t n = 0;
   std::int32_t fits = 0;
-  vattn_view view{};
+  auto view = ready<vattn_view>();
   expect_all_refused({
       {"config", [&] { return vattn_cache_create(nullptr, &made); }},
       {"cache", [&] { return vattn_cache_create(&config, nullptr); }},
@@ -704,7 +916,8 @@ TEST(CInterface, ANullPoolOrTensorOrResultOfOneIsRefused) {
   std::int64_t n = 4;
   std::uint64_t bytes = 0;
   void* data = nullptr;
-  vattn_pool_stats stats{};
+  auto stats = ready<vattn_pool_stats>();
+  auto view = ready<vattn_view>();
   vattn_tensor* made = nullptr;
   expect_all_refused({
       {"pool", [] { return vattn_pool_create("meta", 0, 0, nullptr); }},
@@ -726,6 +939,11 @@ TEST(CInterface, ANullPoolOrTensorOrResultOfOneIsRefused) {
       {"tensor", [] { return vattn_tensor_close(nullptr); }},
       {"tensor", [&] { return vattn_tensor_rows(nullptr, &n); }},
       {"rows", [&] { return vattn_tensor_rows(tensor.handle, nullptr); }},
+      {"tensor", [&] { return vattn_tensor_view(nullptr, &view); }},
+      {"view", [&] { return vattn_tensor_view(tensor.handle, nullptr); }},
+      {"view", [] { return vattn_view_retain(nullptr); }},
+      {"view", [] { return vattn_view_release(nullptr); }},
+      {"info", [] { return vattn_last_error_info(nullptr); }},
       {"tensor", [&] { return vattn_tensor_data(nullptr, &data); }},
       {"data", [&] { return vattn_tensor_data(tensor.handle, nullptr); }},
       {"tensor", [&] { return vattn_tensor_mapped_bytes(nullptr, &bytes); }},

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 try:
     import torch
-except ImportError as error:  # the package itself imports without torch
-    raise ImportError("vattn.attention needs torch: pip install torch") from error
+except ModuleNotFoundError as error:  # the package itself imports without torch
+    raise ModuleNotFoundError("vattn.attention needs torch: pip install torch", name=error.name) from error
 
 from vattn._arguments import to_ints
 from vattn.attention.flash_attn2 import FlashAttention2

@@ -22,8 +22,10 @@ from __future__ import annotations
 try:
     import torch as _torch  # noqa: F401  (asked for here so that one message names both)
     import transformers as _transformers
-except ImportError as error:
-    raise ImportError("vattn.transformers needs torch and transformers: pip install 'vattn[transformers]'") from error
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "vattn.transformers needs torch and transformers: pip install 'vattn[transformers]'", name=error.name
+    ) from error
 
 _version = tuple(int(part) for part in _transformers.__version__.split(".")[:2])
 if not (5, 17) <= _version < (6, 0):

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "vattn/export.hpp"
+
 namespace vattn {
 
 /// a * b, or std::overflow_error naming what was computed.

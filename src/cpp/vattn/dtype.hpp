@@ -10,6 +10,8 @@
 #include <optional>
 #include <string_view>
 
+#include "vattn/export.hpp"
+
 namespace vattn {
 
 enum class DType : std::uint8_t {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "vattn/export.hpp"
+
 namespace vattn {
 
 struct CacheStats {

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "vattn/export.hpp"
+
 namespace vattn {
 
 struct MemberStats {

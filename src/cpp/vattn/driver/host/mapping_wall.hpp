@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "vattn/export.hpp"
+
 namespace vattn::host {
 
 class MappingWall {

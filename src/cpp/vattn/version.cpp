@@ -1,0 +1,7 @@
+#include "vattn/version.hpp"
+
+namespace vattn {
+
+const char* version() noexcept { return VATTN_VERSION; }
+
+}  // namespace vattn
