@@ -307,8 +307,12 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def twin(self, memory: CacheMemory) -> VattnLayer:
         """The same layer for a copy of the cache, without a group yet."""
-        twin = type(self)(memory)
+        return self.twin_of(VattnLayer(memory), {})
+
+    def twin_of(self, twin: VattnLayer, beside: dict[str, Any]) -> VattnLayer:
+        """`twin`, a new layer of a copy of the cache, made like this one, with copies of the attributes `beside`."""
         self.settle()
+        vars(twin).update(copy.deepcopy(beside))
         twin.rows, twin.length, twin.is_initialized = self.rows, self.length, self.is_initialized
         twin._graph, twin._dtypes = self._graph, self._dtypes
         if self.is_initialized:
