@@ -1,4 +1,4 @@
-"""How much of a model a VattnCache holds, what it says when that is not all, and what holds for the layers it does not."""
+"""How much of a model a VattnCache holds, what it says when that is not all, and what holds for the other layers."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class VattnHybridLayer(LinearAttentionLayer, VattnLayer):  # type: ignore[no-unt
 
     def twin(self, memory: CacheMemory) -> VattnLayer:
         """The same layer for a copy of the cache, without a group yet."""
-        mixer = vars(LinearAttentionLayer(number_of_states=self.number_of_states))  # type: ignore[no-untyped-call]
+        mixer = vars(LinearAttentionLayer(number_of_states=self.number_of_states))
         return self.twin_of(VattnHybridLayer(memory, self.number_of_states), {name: vars(self)[name] for name in mixer})
 
     offload = prefetch = VattnLayer.offload
