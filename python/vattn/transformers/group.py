@@ -36,12 +36,14 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Shape:
         """The shape of a layer with these (rows, heads, tokens, dim) tensors; ValueError where no KVCache fits."""
-        shape = cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-        beside = (values.shape[1], values.dtype, values.device)
-        if beside != (shape.heads, shape.dtype, shape.device) or 0 in (shape.heads, shape.k_dim, shape.v_dim):
+        # Two dtypes, as torch.autocast makes them of rotary keys, live in one that holds both exactly.
+        dtype = keys.dtype if keys.dtype == values.dtype else torch.promote_types(keys.dtype, values.dtype)
+        shape = cls(keys.shape[1], keys.shape[3], values.shape[3], dtype, keys.device)
+        beside = (values.shape[1], values.device)
+        if beside != (shape.heads, shape.device) or 0 in (shape.heads, shape.k_dim, shape.v_dim):
             raise ValueError(
                 f"keys are {tuple(keys.shape)} {keys.dtype} on {keys.device} and values {tuple(values.shape)} "
-                f"{values.dtype} on {values.device}; VattnCache needs the same heads, dtype and device in both, and at "
+                f"{values.dtype} on {values.device}; VattnCache needs the same heads and device in both, and at "
                 "least one head and dim: use DynamicCache for this model"
             )
         return shape
@@ -53,6 +55,19 @@ class Limits(NamedTuple):
     max_seq_len: int
     max_batch_size: int
     options: dict[str, Any]
+
+    def check(self, rows: int, length: int) -> None:
+        """ValueError, with the limit and the way out, unless `rows` rows of `length` tokens are allowed."""
+        if rows > self.max_batch_size:
+            raise ValueError(
+                f"max_batch_size={self.max_batch_size}, but the batch has {rows} rows (every beam and every returned "
+                f"sequence is one); make the cache with max_batch_size={rows} or more"
+            )
+        if length > self.max_seq_len:
+            raise ValueError(
+                f"max_seq_len={self.max_seq_len}, but {length} tokens are needed; make the cache with a larger "
+                "max_seq_len (it reserves addresses, not memory), or crop or reset this one"
+            )
 
 
 class LayerGroup:
@@ -92,17 +107,7 @@ class LayerGroup:
 
     def make_room(self, rows: int, length: int) -> None:
         """Memory for `length` tokens in `rows` rows of every layer, or an error that names the limit, and no change."""
-        limits = self.limits
-        if rows > limits.max_batch_size:
-            raise ValueError(
-                f"max_batch_size={limits.max_batch_size}, but the batch has {rows} rows (every beam and every returned "
-                f"sequence is one); make the cache with max_batch_size={rows} or more"
-            )
-        if length > limits.max_seq_len:
-            raise ValueError(
-                f"max_seq_len={limits.max_seq_len}, but {length} tokens are needed; make the cache with a larger "
-                "max_seq_len (it reserves addresses, not memory), or crop or reset this one"
-            )
+        self.limits.check(rows, length)
         rows, length = max(rows, self.rows), max(length, self.length)
         if length and (rows > self.rows or length > self.length):
             self.cache.step(dict.fromkeys(self.slots[:rows], length))
@@ -140,6 +145,15 @@ class LayerGroup:
                     for target, source in zip(twin.views(index, layer.rows, layer.length), old, strict=True):
                         target.copy_(source)
         return twin
+
+
+def chosen(rows: int, indices: Any, device: torch.device) -> torch.Tensor:
+    """The rows that `indices` selects of `rows`: a tensor, a mask, a list or a slice. ValueError for none."""
+    # Through arange, so that a mask, a list or a slice is a list of rows too, and what it selects is a copy.
+    selected = torch.arange(rows, device=device)[indices]
+    if selected.numel() == 0:
+        raise ValueError(f"indices={indices!r} keeps no row; reset() the cache to forget them all")
+    return selected
 
 
 def _check_kind(dtype: Any, device: Any, shape: Shape) -> None:
