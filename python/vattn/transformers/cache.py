@@ -11,7 +11,9 @@ Thread: one at a time, as any transformers cache; different caches are independe
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, NoReturn
@@ -98,6 +100,7 @@ class VattnCache(DynamicCache):
         if _source is None:
             _source = OwnMemory(_limits(config, max_seq_len, max_batch_size, options))
         self._memory = CacheMemory(_source)
+        give_back_with(self, self._memory)
         super().__init__(config=config)
         # Exactly DynamicLayer: subclasses hold windows, indexes or states that are theirs to keep.
         self.layers = [VattnLayer(self._memory) if type(layer) is DynamicLayer else layer for layer in self.layers]
@@ -152,8 +155,8 @@ class VattnCache(DynamicCache):
 
     @property
     def kv_caches(self) -> tuple[vattn.KVCache, ...]:
-        """The KVCaches behind it: none before the first tokens, then one for each shape of layer."""
-        return tuple(group.cache for group in self._memory.groups)
+        """The KVCaches behind it: none before the first tokens and after close, else one for each shape of layer."""
+        return tuple(group.cache for group in self._memory.groups if not group.cache.is_closed)
 
     def stats(self) -> vattn.Stats:
         """KVCache.stats(), summed over `kv_caches`: zeros before the first tokens and after close. Of a pool's
@@ -198,6 +201,7 @@ class VattnCache(DynamicCache):
         copy.deepcopy(self._memory, memo)  # first: it knows the copies of all layers, in whatever order they are met
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
+        give_back_with(twin, twin._memory)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -205,6 +209,17 @@ class VattnCache(DynamicCache):
             "cannot pickle a VattnCache: its memory belongs to this process; "
             "use copy.deepcopy for a copy here, or save clones of the layers' keys and values"
         )
+
+
+def give_back_with(cache: VattnCache, memory: CacheMemory) -> None:
+    """Close `memory` with the last reference to `cache`: its layers and groups know each other, and would wait for the
+    garbage collector."""
+    weakref.finalize(cache, _close_quietly, memory).atexit = False  # a KVCache closes itself then
+
+
+def _close_quietly(memory: CacheMemory) -> None:
+    with contextlib.suppress(Exception):  # in a forked child, or what the driver would not take
+        memory.close()
 
 
 def reset_layers(layers: Iterable[Any]) -> None:

@@ -124,8 +124,9 @@ class VattnCachePool:
 class _Tenancy:
     """One KVCache of a pool, and how many of its slots each member has."""
 
-    def __init__(self, cache: vattn.KVCache) -> None:
+    def __init__(self, cache: vattn.KVCache, shape: Shape) -> None:
         self.cache = cache
+        self.shape = shape
         self.slots: Counter[int] = Counter()  # by the member's number; members without a slot are not in it
         self.streams: set[Any] = set()
 
@@ -201,6 +202,15 @@ class _Shared:
             tenancy.slots[member] -= 1
             if not tenancy.slots[member]:
                 del tenancy.slots[member]
+        self._close_if_left(tenancy)
+
+    def _close_if_left(self, left: _Tenancy) -> None:
+        """Close a KVCache that nobody lives in any more where layers of its shape live in another: what a conversation
+        tried before all its layers had shown their shapes."""
+        if left.slots or not any(other.slots and other.shape == left.shape for other in self.tenancies.values()):
+            return
+        self.tenancies = {key: other for key, other in self.tenancies.items() if other is not left}
+        left.cache.close()
 
     def join(self) -> int:
         """A number for a new member; NoFreeSlotError where no row is left for it."""
@@ -223,7 +233,7 @@ class _Shared:
             self.check_open()
             tenancy = self.tenancies.get((layers, shape))
             if tenancy is None:
-                tenancy = _Tenancy(open_kv_cache(layers, shape, self.limits, self.most_rows))
+                tenancy = _Tenancy(open_kv_cache(layers, shape, self.limits, self.most_rows), shape)
                 self.tenancies[layers, shape] = tenancy
             # Each conversation that has no row here can have one, so the others leave it.
             waiting = self.members - len(tenancy.slots.keys() | {member})
@@ -245,13 +255,6 @@ class _Shared:
 
     def _way_out(self) -> str:
         return "close, reset or drop conversations, or make the pool with a larger max_batch_size"
-
-    def discard(self, tenancy: _Tenancy) -> None:
-        """Close a KVCache that nobody lives in, after its last layers moved to another."""
-        with self.held():
-            if not tenancy.slots:
-                self.tenancies = {key: other for key, other in self.tenancies.items() if other is not tenancy}
-                tenancy.cache.close()
 
     def check_open(self) -> None:
         if self.is_closed:
@@ -323,11 +326,9 @@ class _SharedLease(Lease):
             self._tenancy.cache.record_stream(stream)
             self._tenancy.streams.add(stream)
 
-    def close(self, is_replaced: bool = False) -> None:
+    def close(self) -> None:
         self._drop()
         self.slots = []
-        if is_replaced and (len(self._tenancy.slots) == 0):
-            self._shared.discard(self._tenancy)
 
 
 def sum_stats(caches: tuple[vattn.KVCache, ...]) -> vattn.Stats:

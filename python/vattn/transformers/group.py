@@ -93,7 +93,7 @@ class LayerGroup:
         self.lease = new
         for layer in self.layers:
             layer.refresh()
-        old.close(is_replaced=True)
+        old.close()
         restore_limit(new.cache, self.source.limits)
 
     def views(self, index: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +110,9 @@ class LayerGroup:
         length = max(layer.length for layer in self.layers)
         rows = max(layer.rows for layer in self.layers) if length else 0
         if rows < self.rows or length < self.length:
-            for row, slot in enumerate(self.slots[: self.rows]):
-                self.cache.truncate(slot, length if row < rows else 0)
+            if not self.cache.is_closed:  # with its pool
+                for row, slot in enumerate(self.slots[: self.rows]):
+                    self.cache.truncate(slot, length if row < rows else 0)
             self.rows, self.length = rows, length
             self.lease.keep(rows)
 
@@ -131,9 +132,9 @@ class LayerGroup:
             raise
         return twin
 
-    def close(self, is_replaced: bool = False) -> None:
-        """Give everything back. `is_replaced`: its layers live in other groups from now on."""
-        self.lease.close(is_replaced)
+    def close(self) -> None:
+        """Give everything back."""
+        self.lease.close()
 
 
 def _views(lease: Lease, index: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,8 +87,8 @@ class Lease:
     def record_stream(self) -> None:
         """The work of the calling thread uses the slots. A KVCache of one's own is closed, which waits for all work."""
 
-    def close(self, is_replaced: bool = False) -> None:
-        """Give everything back. `is_replaced`: the layers live in a KVCache of another shape or size from now on."""
+    def close(self) -> None:
+        """Give everything back."""
         self.cache.close()
 
 

@@ -64,7 +64,7 @@ class CacheMemory:
                 for other in staying:
                     other.refresh()
             self.groups.remove(old)
-            old.close(is_replaced=True)
+            old.close()
         new.adopt(moving)
         self.groups.append(new)
 
