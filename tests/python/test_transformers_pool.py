@@ -150,7 +150,7 @@ def test_layers_of_different_shapes_share_a_kv_cache_a_shape(pool):
     assert all(holds(conversation, given) for conversation, given in held)
     # The first did not know yet that its first layer and its last are alike.
     assert sorted(cache.num_layers for cache in pool.kv_caches) == [1, 1, 2]
-    del held[0], conversation, given
+    del held[0], conversation
     assert [(cache.num_layers, cache.stats().active_slots) for cache in pool.kv_caches] == [(1, 6), (2, 6)]
     twin = copy.deepcopy(held[0][0])
     assert holds(twin, held[0][1])

@@ -213,7 +213,7 @@ def test_bfloat16():
         assert torch.equal(generate(model, ids, cache), generate(model, ids))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "mistral-sliding"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_damaged_cache_changes_the_tokens(name):
     # The comparisons here would pass for a model that does not look back; these models do.
     model = model_of(name)
@@ -233,11 +233,10 @@ def test_a_damaged_cache_changes_the_tokens(name):
 def test_every_layer_that_attends_to_everything_is_replaced_and_no_other():
     kinds = {
         name: [type(layer).__name__ for layer in VattnCache(model_of(name).config, 64).layers]
-        for name in ("llama", "gemma3", "mistral-sliding", "t5")
+        for name in ("llama", "gemma3", "t5")
     }
     assert kinds == {
         "llama": ["VattnLayer"] * 3,
         "gemma3": ["DynamicSlidingWindowLayer", "VattnLayer", "DynamicSlidingWindowLayer"],
-        "mistral-sliding": ["DynamicSlidingWindowLayer"] * 3,
         "t5": ["VattnLayer"] * 2,
     }

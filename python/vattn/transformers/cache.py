@@ -1,10 +1,11 @@
 """VattnCache: the cache that goes into `model.generate(cache=...)`.
 
-What it is: transformers' DynamicCache with every full-attention layer replaced by one that lives in a vattn.KVCache.
-Sliding windows, state-space and dummy layers stay as transformers makes them.
+What it is: transformers' DynamicCache with every layer that holds full attention replaced by one whose keys and values
+live in a vattn.KVCache. Sliding windows, state-space and dummy layers stay as transformers makes them.
 
-What it promises: the tokens of DynamicCache, in memory that follows what is in use. `copy.deepcopy` is a fork with
-memory of its own; `reset` makes it as new.
+What it promises: the tokens of DynamicCache, in memory that follows what is in use. A step that is refused leaves every
+layer where it was, those of transformers too. `copy.deepcopy` is a fork with memory of its own; `reset` makes it as
+new.
 
 Thread: one at a time, as any transformers cache; different caches are independent.
 """
@@ -13,22 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import weakref
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, NoReturn
 
+import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
 
 import vattn
 from vattn._arguments import to_int
 from vattn.sizes import format_size
-from vattn.transformers.cache_pool import MAX_BATCH_SIZE, VattnCachePool, sum_stats
+from vattn.transformers.cache_pool import MAX_BATCH_SIZE, Member, VattnCachePool, sum_stats
+from vattn.transformers.checks import check_options, refuse_a_length_that_cannot_fit, say_what_is_held
 from vattn.transformers.layer import VattnLayer
 from vattn.transformers.lease import Limits, OwnMemory, Source
 from vattn.transformers.memory import CacheMemory
-from vattn.transformers.model_length import model_length
+from vattn.transformers.mixed_layers import in_vattn
+from vattn.transformers.model_length import model_length, refuse_no_length
+from vattn.transformers.other_layers import close_layers, in_every_layer, reset_layers
 
 #: KVCache's keyword options that make sense here; shapes, dtype and device come from the model's first keys.
 OPTIONS = (
@@ -88,10 +93,6 @@ class VattnCache(DynamicCache):
         _source: Source | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(config, PreTrainedConfig):
-            raise TypeError(
-                f"config must be a transformers configuration, got {type(config).__name__}; pass model.config"
-            )
         if offloading:
             raise ValueError(
                 f"offloading={offloading!r} is not supported: a vattn cache stays at its addresses; "
@@ -102,8 +103,87 @@ class VattnCache(DynamicCache):
         self._memory = CacheMemory(_source)
         give_back_with(self, self._memory)
         super().__init__(config=config)
-        # Exactly DynamicLayer: subclasses hold windows, indexes or states that are theirs to keep.
-        self.layers = [VattnLayer(self._memory) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [in_vattn(layer, self._memory) or layer for layer in self.layers]
+        others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, DummyLayer))]
+        self._memory.has_others = bool(others)
+        self._has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        if not isinstance(_source, Member):  # a pool says it once
+            say_what_is_held(config, self.layers_held, len(self.layers), others)
+            refuse_no_length(config, self.max_seq_len)
+
+    @property
+    def layers_held(self) -> int:
+        """How many of the model's layers have their keys and values in vattn memory; `len(cache)` is all of them."""
+        return len(self._memory.layers)
+
+    # ------------------------------------------------------------ a step, layer by layer
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Add tokens, (rows, heads, n, dim), to a layer and return what it attends over; see VattnLayer.update."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, VattnLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        return self._memory.steps.update(layer, layer_idx, key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As DynamicCache; a forward pass of a model with state-space layers begins here, so room is made for it."""
+        if self._has_states:
+            self._memory.steps.expect(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """As DynamicCache."""
+        self._touch(layer_idx, state_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """As DynamicCache."""
+        self._touch(layer_idx, state_idx)
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def update_conv_state(self, conv_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """As DynamicCache."""
+        self._touch(layer_idx, state_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """As DynamicCache."""
+        self._touch(layer_idx, state_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def _touch(self, layer_idx: int, state_idx: int) -> None:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            self._memory.steps.touch(layer, layer_idx, state_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """`max_seq_len`; of one layer what it holds at most, a window where it has one."""
+        own = -1 if layer_idx is None or layer_idx >= len(self.layers) else self.layers[layer_idx].get_max_length()
+        return self.max_seq_len if own < 0 else min(own, self.max_seq_len)
+
+    # ------------------------------------------------------------ all layers at once
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens in every layer, or in none where one cannot go back."""
+        self._memory.steps.end()
+        in_every_layer(self.layers, "crop", tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self._memory.reserve_rows(lambda rows: beam_idx)
+        in_every_layer(self.layers, "reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies beside each other; every layer or none."""
+        self._memory.reserve_rows(lambda rows: torch.arange(rows).repeat_interleave(repeats))
+        in_every_layer(self.layers, "batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Row i becomes what row `indices[i]` was, in every layer or in none."""
+        self._memory.reserve_rows(lambda rows: indices)
+        in_every_layer(self.layers, "batch_select_indices", indices)
 
     @classmethod
     def pool(
@@ -141,6 +221,7 @@ class VattnCache(DynamicCache):
         it back to the machine. The next batch may have another size, unless the model has state-space layers:
         transformers keeps theirs.
         """
+        self._memory.steps.reset()
         reset_layers(self.layers)
 
     @property
@@ -166,14 +247,28 @@ class VattnCache(DynamicCache):
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self._memory.is_closed or self._memory.source.is_closed
+        return self._memory.is_closed
 
     def close(self) -> None:
         """Give all memory back now; a second call does nothing. Tensors already handed out stay readable.
 
-        The cache is empty then, and takes no more tokens: vattn.ClosedError.
+        The cache is empty then, and no layer takes more tokens, those of transformers neither: vattn.ClosedError.
         """
         self._memory.close()
+        close_layers(self.layers)
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return self._was_given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        # `generate` marks a cache that it is given, when it knows how long the answer may become and has computed
+        # nothing: there is no public word between the two in any release of the window.
+        self._was_given = value
+        refuse_a_length_that_cannot_fit(self.max_seq_len, sys._getframe(1))
+
+    _was_given = False
 
     def __repr__(self) -> str:
         held = [layer for layer in self._memory.layers if layer.length]
@@ -222,16 +317,6 @@ def _close_quietly(memory: CacheMemory) -> None:
         memory.close()
 
 
-def reset_layers(layers: Iterable[Any]) -> None:
-    """Empty every layer. The releases before 5.23 zero a dynamic layer's tensors and keep their length, so they are
-    dropped here."""
-    for layer in layers:
-        layer.reset()
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            layer.keys = layer.values = None
-            layer.is_initialized = False
-
-
 def _limits(config: Any, max_seq_len: Any, max_batch_size: Any, options: dict[str, Any]) -> Limits:
     """What the user asked for, checked as far as it can be without the model's keys."""
     if not isinstance(config, PreTrainedConfig):
@@ -245,6 +330,7 @@ def _limits(config: Any, max_seq_len: Any, max_batch_size: Any, options: dict[st
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise TypeError(f"unknown option {unknown[0]}={options[unknown[0]]!r}; VattnCache takes {', '.join(OPTIONS)}")
+    check_options(options)
     return Limits(
         model_length(config) if max_seq_len is None else _count("max_seq_len", max_seq_len),
         None if max_batch_size is None else _count("max_batch_size", max_batch_size),

@@ -13,7 +13,7 @@ Thread: one at a time, as the transformers cache it belongs to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from vattn.transformers.lease import Lease, Limits, OwnMemory, Shape, Source, re
 if TYPE_CHECKING:
     from vattn.transformers.layer import VattnLayer
 
-__all__ = ["LayerGroup", "Limits", "OwnMemory", "Shape", "Source"]
+__all__ = ["LayerGroup", "Limits", "OwnMemory", "Shape", "Source", "chosen"]
 
 
 class LayerGroup:
@@ -147,3 +147,12 @@ def _copy(old: Lease, new: Lease, source: int, target: int, rows: int, length: i
     """The tokens of layer `source` of `old` to layer `target` of `new`."""
     for to, of in zip(_views(new, target, rows, length), _views(old, source, rows, length), strict=True):
         to.copy_(of)
+
+
+def chosen(rows: int, indices: Any, device: torch.device) -> torch.Tensor:
+    """The rows that `indices` selects of `rows`: a tensor, a mask, a list or a slice. ValueError for none."""
+    # Through arange, so that a mask, a list or a slice is a list of rows too, and what it selects is a copy.
+    selected = torch.arange(rows, device=device)[indices]
+    if selected.numel() == 0:
+        raise ValueError(f"indices={indices!r} keeps no row; reset() the cache to forget them all")
+    return selected

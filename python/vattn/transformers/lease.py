@@ -31,12 +31,14 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Shape:
         """The shape of a layer with these (rows, heads, tokens, dim) tensors; ValueError where no KVCache fits."""
-        shape = cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-        beside = (values.shape[1], values.dtype, values.device)
-        if beside != (shape.heads, shape.dtype, shape.device) or 0 in (shape.heads, shape.k_dim, shape.v_dim):
+        # Two dtypes, as torch.autocast makes them of rotary keys, live in one that holds both exactly.
+        dtype = keys.dtype if keys.dtype == values.dtype else torch.promote_types(keys.dtype, values.dtype)
+        shape = cls(keys.shape[1], keys.shape[3], values.shape[3], dtype, keys.device)
+        beside = (values.shape[1], values.device)
+        if beside != (shape.heads, shape.device) or 0 in (shape.heads, shape.k_dim, shape.v_dim):
             raise ValueError(
                 f"keys are {tuple(keys.shape)} {keys.dtype} on {keys.device} and values {tuple(values.shape)} "
-                f"{values.dtype} on {values.device}; VattnCache needs the same heads, dtype and device in both, and at "
+                f"{values.dtype} on {values.device}; VattnCache needs the same heads and device in both, and at "
                 "least one head and dim: use DynamicCache for this model"
             )
         return shape

@@ -11,12 +11,14 @@ Thread: one at a time, as the transformers cache it belongs to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import vattn
-from vattn.transformers.group import LayerGroup, Shape, Source
+from vattn.transformers.group import LayerGroup, Shape, Source, chosen
+from vattn.transformers.steps import Steps
 
 if TYPE_CHECKING:
     from vattn.transformers.layer import VattnLayer
@@ -30,7 +32,38 @@ class CacheMemory:
         self.limits = source.limits
         self.layers: list[VattnLayer] = []
         self.groups: list[LayerGroup] = []
-        self.is_closed = False
+        self._is_closed = False
+        self.has_others = False  # the cache also has layers that transformers keeps
+        self.steps = Steps(self)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or the pool that it is in."""
+        return self._is_closed or self.source.is_closed
+
+    def rows(self) -> int:
+        """Rows held, 0 while no layer holds tokens."""
+        return max((layer.rows for layer in self.layers if layer.length), default=0)
+
+    def reserve(self, rows: int, count: int) -> None:
+        """Room for `count` more tokens in `rows` rows of every layer, or an error, and no layer has changed."""
+        longest = 0
+        for layer in self.layers:
+            if layer.length and layer.rows != rows:
+                layer.refuse(f"a batch of {rows} rows")
+            longest = max(longest, layer.length)
+        self.limits.check(rows, longest + count)
+        for group in self.groups:
+            group.make_room(rows, max(layer.length for layer in group.layers) + count)
+
+    def reserve_rows(self, chosen_of: Callable[[int], Any]) -> None:
+        """Room for the rows that `chosen_of(rows)` selects, in every group, or an error, and no layer has changed."""
+        self.steps.end()
+        rows = self.rows()
+        if rows and (self.has_others or len(self.groups) > 1):
+            count = chosen(rows, chosen_of(rows), torch.device("cpu")).numel()
+            for group in self.groups:
+                group.make_room(count, max(layer.length for layer in group.layers))
 
     def bind(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Give `layer` a home that fits its keys and values, (rows, heads, tokens, dim).
@@ -71,7 +104,8 @@ class CacheMemory:
     def close(self) -> None:
         """Give all memory back. Tensors already handed out stay readable; the layers are empty and take no more
         tokens."""
-        self.is_closed = True
+        self._is_closed = True
+        self.steps.end()
         for layer in self.layers:
             layer.forget()
             layer.group, layer.is_initialized = None, False
@@ -82,7 +116,8 @@ class CacheMemory:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheMemory:
         """A fork: other memory, the same tokens. Puts the copies of all layers into `memo`."""
         twin = CacheMemory(self.source.another())
-        twin.is_closed = self.is_closed
+        twin._is_closed, twin.has_others = self.is_closed, self.has_others
+        twin.steps.torn = self.steps.torn
         try:
             for group in self.groups:
                 twin.groups.append(group.fork(group.layers, twin.source))
