@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import vattn
-from hf_models import VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
+from hf_models import VattnCache, cache_argument, dynamic_cache, generate, model_of, prompt, vattn_cache
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -64,7 +64,7 @@ def gemma3():
 
 def step(model, cache, ids):
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **cache_argument(cache)).logits
 
 
 def held(cache):
