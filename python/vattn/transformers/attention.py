@@ -2,10 +2,12 @@
 
 What it is: torch's scaled_dot_product_attention, called so that it reads the views of a contiguous cache where they
 lie. A decode step folds grouped queries, so that keys are read once for every key head, and reads each row's own span
-of tokens instead of masking the others; on the CPU a prompt shares key heads instead of repeating them.
+of tokens instead of masking the others; on the CPU a prompt shares key heads instead of repeating them. Sinks and soft
+caps, which torch's function does not take, are computed by `vattn.attention.scores`.
 
-What it promises: the results of transformers' "sdpa", with any cache and any model that offers "sdpa"; an option that
-it cannot honour is a ValueError, never ignored. Padding and sliding windows are honoured.
+What it promises: the results of transformers' "eager", with any cache and any model that `offered.py` lets use it; an
+option that it cannot honour is a ValueError, never ignored (`keywords.py`). Padding, sliding windows and packed
+sequences are honoured (`masks.py`).
 
 Thread: any; it keeps no state.
 """
@@ -18,25 +20,21 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from vattn.attention import attend_one, attend_spans, fold_groups
+from vattn.attention.scores import attend_scores, attend_sinks, can_attend_sinks
+from vattn.transformers import keywords, offered
+from vattn.transformers.masks import attention_mask, newest, packed
 
 NAME = "vattn"
 
-#: Arguments some models pass that change the result and that torch's attention cannot take.
-_REFUSED = {
-    "softcap": "a soft cap on the scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "output_attentions": "returning the attention weights",
-}
-
 
 def register() -> None:
-    """Make "vattn" known to transformers: the function, and the masks it wants. Doing it again changes nothing."""
+    """Make "vattn" known to transformers: the function, the masks it wants, and the models that may use it. Doing it
+    again changes nothing."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    offered.watch(NAME)
 
 
 def attention_forward(
@@ -49,23 +47,44 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` (rows, q_heads, n, dim) over `key` and `value` (rows, kv_heads, tokens, dim).
 
+    `attention_mask`: True where to look, or added to the scores; None: the queries are the newest tokens, and see what
+    is up to them if `is_causal` (None: the module's own). `softcap` caps the scores; `s_aux` or `sinks`, one a query
+    head or (rows, q_heads, n, 1), is one more column of the softmax. `sliding_window` is in the mask already.
+
     Returns (rows, n, q_heads, value dim), contiguous, and None for the weights. Raises ValueError for what it cannot
     honour.
     """
-    for name, what in _REFUSED.items():
-        given = kwargs.get(name)
-        if given is not None and given is not False:
-            raise ValueError(
-                f'attn_implementation="{NAME}" does not support {name} ({what}); '
-                'load the model with attn_implementation="eager"'
-            )
-    if position_bias is not None or dropout or (query.device.type != "cpu" and query.shape[2] > 1):
+    keywords.check(kwargs, NAME)
+    n, tokens = query.shape[2], key.shape[2]
+    causal = n > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        attention_mask = packed(attention_mask, cu_seq_lens_q, cu_seq_lens_k, query, key, causal)
+    if attention_mask is None:
+        _check_window(sliding_window, tokens)
+        if causal and n < tokens:
+            attention_mask = newest(n, tokens, query.device)
+    causal = causal and attention_mask is None
+    sink = _one_of(s_aux, sinks, query)
+    if sink is not None or softcap is not None:
+        options = {"mask": attention_mask, "causal": causal, "scale": scaling}
+        if softcap is None and position_bias is None and not dropout and can_attend_sinks(query, key, value):
+            out = attend_sinks(query, key, value, sink, **options)
+        else:
+            options |= {"softcap": softcap, "sink": sink, "bias": position_bias, "dropout": dropout}
+            out = attend_scores(query, key, value, **options)
+    elif position_bias is not None or dropout or (query.device.type != "cpu" and n > 1):
         # Nothing to gain over transformers' own call.
-        return sdpa_attention_forward(
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
             module,
             query,
             key,
@@ -73,19 +92,12 @@ def attention_forward(
             attention_mask,
             dropout=dropout,
             scaling=scaling,
-            is_causal=is_causal,
+            is_causal=causal,
             position_bias=position_bias,
-            **kwargs,
         )
-    if query.shape[2] == 1 and query.shape[0] == key.shape[0]:
+    elif n == 1 and query.shape[0] == key.shape[0]:
         out = _attend_one(query, key, value, attention_mask, scaling)
     else:
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-        if causal and key.shape[2] > query.shape[2]:
-            # Keys past the queries are a static cache's empty end: the mask was left out because causality hides them.
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         out = scaled_dot_product_attention(
             query,
             key,
@@ -113,29 +125,24 @@ def _attend_one(
     return out.reshape(query.shape[0], query.shape[1], 1, value.shape[-1])
 
 
-def attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The mask of transformers' "sdpa", (rows, 1, n, tokens), True where to look, or None where none is needed.
+def _one_of(s_aux: torch.Tensor | None, sinks: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """The sink, if it is one a query head or one a query."""
+    if s_aux is not None and sinks is not None:
+        raise ValueError(f'attn_implementation="{NAME}" takes s_aux or sinks, not both: two names of one thing')
+    sink = s_aux if sinks is None else sinks
+    rows, heads, n, _ = query.shape
+    if sink is not None and sink.shape not in ((heads,), (rows, heads, n, 1)):
+        raise ValueError(
+            f'attn_implementation="{NAME}" takes sinks of shape ({heads},) or {(rows, heads, n, 1)}, got '
+            f'{tuple(sink.shape)}; load the model with attn_implementation="eager"'
+        )
+    return sink
 
-    The mask of a decode step on the CPU also carries the spans it stands for, in an attribute: every layer of the step
-    gets the same mask, so they are worked out once. A mask that is not one span a row carries none, and is used as it
-    is.
-    """
-    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
-    if mask is not None and mask.device.type == "cpu" and mask.shape[1:3] == (1, 1):
-        spans = _spans(mask[:, 0, 0])
-        if spans is not None:
-            mask.vattn_spans = spans  # type: ignore[attr-defined]
-    return mask
 
-
-def _spans(seen: torch.Tensor) -> list[tuple[int, int]] | None:
-    """For each row of `seen` (rows, tokens) the first True and one past the last, or None unless all between are
-    True."""
-    if torch.compiler.is_compiling() or seen.shape[1] == 0:
-        return None
-    counts = seen.sum(1)
-    starts = seen.int().argmax(1)
-    ends = seen.shape[1] - seen.flip(1).int().argmax(1)
-    if not bool(((ends - starts == counts) & (counts > 0)).all()):
-        return None
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+def _check_window(window: int | None, tokens: int) -> None:
+    """Without a mask nothing hides the tokens before a window."""
+    if window is not None and tokens > window:
+        raise ValueError(
+            f'attn_implementation="{NAME}" got sliding_window={window} for {tokens} keys and no mask with that window; '
+            'make the mask with transformers.masking_utils, or load the model with attn_implementation="eager"'
+        )
