@@ -34,6 +34,14 @@ TEST_F(CudaDriverTest, AsksForTheGranularity) {
   EXPECT_EQ(open_cuda_driver(0)->traits().default_page_size, std::size_t{16} << 20);
 }
 
+TEST_F(CudaDriverTest, ReservationsAreOnTheGranularityWhateverTheDefaultAlignmentIs) {
+  FAKE_ONLY();
+  fake_cuda_set_default_alignment(4096);
+  const auto driver = open_cuda_driver(0);
+  const OnePage page(*driver);
+  EXPECT_EQ(page.base % driver->traits().granularity, 0U);
+}
+
 TEST_F(CudaDriverTest, RefusesADeviceThatIsNotThere) {
   const int count = cuda_device_count();
   ASSERT_GT(count, 0);

@@ -1,4 +1,5 @@
-// Compares src/cuda/cuda_types.hpp and functions.def with the toolkit's cuda.h and cudaTypedefs.h, at compile time.
+// Compares src/cuda/cuda_types.hpp and functions.def, and what the fake libcuda has beside them for its clients, with the
+// toolkit's cuda.h and cudaTypedefs.h, at compile time.
 //
 // Built, as an object and nothing more, wherever a toolkit of 12.0 or newer is found: that it compiles is the test. Types
 // cannot be identical, since ours are our own, so they are compared by what the ABI sees: size, alignment, offsets, values, and
@@ -11,7 +12,14 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "client_types.hpp"
 #include "cuda/functions.hpp"
+
+// What the fake has for its clients, in the namespace of its types.
+namespace vattn::cuda {
+#define VATTN_CUDA_FUNCTION(name, version, presence, parameters) using Client_##name = CUresult(*) parameters;
+#include "client_functions.def"
+}  // namespace vattn::cuda
 
 namespace {
 
@@ -68,6 +76,11 @@ struct SameFunction<R (*)(Ours...), S (*)(Theirs...)>
                 #name " differs from the toolkit's, as of CUDA " #version);
 #include "cuda/functions.def"
 
+#define VATTN_CUDA_FUNCTION(name, version, presence, parameters)                   \
+  static_assert(SameFunction<ours::Client_##name, PFN_##name##_v##version>::value, \
+                #name " differs from the toolkit's, as of CUDA " #version);
+#include "client_functions.def"
+
 // ---- constants ----------------------------------------------------------------------------------------------------------
 
 #define SAME_VALUE(name) \
@@ -116,6 +129,34 @@ SAME_VALUE(CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
 SAME_VALUE(CU_MEM_ACCESS_FLAGS_PROT_NONE);
 SAME_VALUE(CU_MEM_ACCESS_FLAGS_PROT_READ);
 SAME_VALUE(CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_CONTEXT);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_DEVICE_POINTER);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_HOST_POINTER);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_BUFFER_ID);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_IS_MANAGED);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_RANGE_START_ADDR);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_RANGE_SIZE);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_MAPPED);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_ACCESS_FLAGS);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_MAPPING_SIZE);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR);
+SAME_VALUE(CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID);
+SAME_VALUE(CU_MEMORYTYPE_DEVICE);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED);
+SAME_VALUE(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED);
 
 // ---- structures ---------------------------------------------------------------------------------------------------------
 
@@ -140,6 +181,8 @@ SAME_TYPE(CUstreamCaptureMode);
 SAME_TYPE(CUmemGenericAllocationHandle);
 SAME_TYPE(CUdevice_attribute);
 SAME_TYPE(CUdriverProcAddressQueryResult);
+SAME_TYPE(CUpointer_attribute);
+SAME_TYPE(CUuuid);
 SAME_TYPE(CUmemLocation);
 SAME_FIELD(CUmemLocation, type);
 SAME_FIELD(CUmemLocation, id);

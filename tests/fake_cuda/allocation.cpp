@@ -2,7 +2,8 @@
 //
 // Rules: sizes are multiples of the minimum granularity; memory goes with the last reference and the last mapping; a retained
 // handle has the value of the one that was mapped and needs a release of its own. Releasing what is no handle is undefined
-// behaviour in the real driver: here it is refused and counts as a violation.
+// behaviour in the real driver: here it is refused and counts as a violation. Nothing can be exported or reached by RDMA, so a
+// page for that is not supported.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -67,6 +68,9 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size, con
   if (handle == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
   if (const CUresult bad = check_properties(*entry, properties); bad != CUDA_SUCCESS) return bad;
   if (size == 0 || size % entry->settings.granularity != 0) return CUDA_ERROR_INVALID_VALUE;
+  // The attributes of the device say that it can do neither.
+  const bool to_export = properties->requestedHandleTypes != CU_MEM_HANDLE_TYPE_NONE;
+  if (to_export || properties->allocFlags.gpuDirectRDMACapable != 0) return CUDA_ERROR_NOT_SUPPORTED;
   Device& device = entry->devices[static_cast<std::size_t>(properties->location.id)];
   const std::uint64_t memory = entry->settings.memory;
   if (device.used > memory || size > memory - device.used) return CUDA_ERROR_OUT_OF_MEMORY;

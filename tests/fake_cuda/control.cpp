@@ -46,6 +46,10 @@ void fake_cuda_set_granularity(uint64_t minimum, uint64_t recommended) {
   locked->settings.granularity = minimum;
   locked->settings.recommended = recommended;
 }
+void fake_cuda_set_default_alignment(uint64_t bytes) {
+  const Locked locked;
+  if (bytes == 0 || is_granularity(bytes)) locked->settings.default_alignment = bytes;
+}
 void fake_cuda_set_fill(int byte) { Locked()->settings.fill = byte; }
 void fake_cuda_set_vmm(int supported) { Locked()->settings.vmm = supported != 0; }
 void fake_cuda_set_latency(const char* entry, uint64_t nanoseconds) {

@@ -2,11 +2,31 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <map>
 #include <string>
 
 #include "state.hpp"
 
 namespace fake_cuda {
+namespace {
+
+/// What the fake answers; every other attribute is one that it does not know. Nothing can be exported, nor used by others.
+std::map<CUdevice_attribute, int> attributes(const Settings& settings) {
+  return {
+      {CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, settings.vmm ? 1 : 0},
+      {CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, 1},
+      {CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, 1},
+      {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 9},
+      {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, 0},
+      {CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, 0},
+      {CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED, 0},
+      {CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED, 0},
+      {CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED, 0},
+      {CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, 0},
+  };
+}
+
+}  // namespace
 
 CUresult cuInit(unsigned flags) {
   FAKE_CUDA_ENTRY(entry, "cuInit", Needs::kNothing);
@@ -60,11 +80,22 @@ CUresult cuDeviceTotalMem(std::size_t* bytes, CUdevice device) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
+  FAKE_CUDA_ENTRY(entry, "cuDeviceGetUuid", Needs::kInit);
+  if (uuid == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  if (!entry->has_device(device)) return CUDA_ERROR_INVALID_DEVICE;
+  std::memset(uuid, 0, sizeof *uuid);
+  uuid->bytes[0] = static_cast<char>(device + 1);
+  return CUDA_SUCCESS;
+}
+
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   FAKE_CUDA_ENTRY(entry, "cuDeviceGetAttribute", Needs::kInit);
-  if (value == nullptr || attribute != CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) return CUDA_ERROR_INVALID_VALUE;
+  const auto known = attributes(entry->settings);
+  const auto found = known.find(attribute);
+  if (value == nullptr || found == known.end()) return CUDA_ERROR_INVALID_VALUE;
   if (!entry->has_device(device)) return CUDA_ERROR_INVALID_DEVICE;
-  *value = entry->settings.vmm ? 1 : 0;
+  *value = found->second;
   return CUDA_SUCCESS;
 }
 

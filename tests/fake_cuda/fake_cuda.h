@@ -30,6 +30,9 @@ FAKE_CUDA_API void fake_cuda_reset(void);
 FAKE_CUDA_API void fake_cuda_set_devices(int count); /* 0 to 16 */
 FAKE_CUDA_API void fake_cuda_set_memory(uint64_t bytes_per_device);
 FAKE_CUDA_API void fake_cuda_set_granularity(uint64_t minimum, uint64_t recommended); /* powers of two, 4096 or more */
+/* What a reservation is aligned to that asks for alignment 0: a power of two, 4096 or more; 0, the default: the granularity, as
+ * programs rely on. 4096 is the least that the documentation promises. */
+FAKE_CUDA_API void fake_cuda_set_default_alignment(uint64_t bytes);
 FAKE_CUDA_API void fake_cuda_set_fill(int byte);     /* what fresh pages hold: 0xFF (NaN bits) by default; -1: zeros, faster */
 FAKE_CUDA_API void fake_cuda_set_vmm(int supported); /* what the device attribute answers */
 /* Each later call of `entry` takes that long in real time, calls that fail too, and takes effect at the end of it, at once.

@@ -23,6 +23,9 @@ const Found* find(const std::string& symbol) {
 #define VATTN_CUDA_FUNCTION(name, version, presence, parameters) \
   {#name, version, reinterpret_cast<void*>(static_cast<CUresult(*) parameters>(&fake_cuda::name))},
 #include "cuda/functions.def"
+#define VATTN_CUDA_FUNCTION(name, version, presence, parameters) \
+  {#name, version, reinterpret_cast<void*>(static_cast<CUresult(*) parameters>(&fake_cuda::name))},
+#include "client_functions.def"
   };
   for (const Found& found : kEntries) {
     if (symbol == found.name) return &found;

@@ -1,7 +1,8 @@
 // Addresses: cuMemAddressReserve and cuMemAddressFree, over mmap without access.
 //
 // Rules: sizes and hints are multiples of the host page, alignments powers of two; a reservation is freed whole, by exactly its
-// address and size, with nothing mapped in it. It starts on the alignment that was asked for and, where that is less than the
+// address and size, with nothing mapped in it. Alignment 0 is the default alignment: the granularity, or what a test made it
+// (fake_cuda_set_default_alignment). A reservation starts on the alignment that was asked for and, where that is less than the
 // granularity, off the granularity: what a program does not ask for it does not get.
 #include <sys/mman.h>
 
@@ -19,6 +20,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* base, std::size_t size, std::size_t al
   if (size == 0 || size % kHostPage != 0 || hint % kHostPage != 0) return CUDA_ERROR_INVALID_VALUE;
   if ((alignment & (alignment - 1)) != 0) return CUDA_ERROR_INVALID_VALUE;
   const std::size_t granularity = entry->settings.granularity;
+  if (alignment == 0) alignment = entry->settings.default_alignment != 0 ? entry->settings.default_alignment : granularity;
   const std::size_t unit = std::max(alignment, granularity);
   const std::size_t off = alignment < granularity ? std::max(alignment, kHostPage) % granularity : 0;
   const std::size_t mapped = size + unit + off;  // so that an aligned start is inside

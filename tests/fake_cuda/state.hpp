@@ -39,6 +39,7 @@ struct Settings {
   std::uint64_t memory = std::uint64_t{4} << 30;
   std::size_t granularity = std::size_t{2} << 20;
   std::size_t recommended = std::size_t{2} << 20;
+  std::size_t default_alignment = 0;  ///< of reservations; 0: the granularity
   int fill = 0xFF;
   bool vmm = true;
   std::set<std::string> hidden;

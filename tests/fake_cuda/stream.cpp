@@ -10,13 +10,33 @@
 
 namespace fake_cuda {
 
-CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
-  FAKE_CUDA_ENTRY(entry, "cuStreamCreate", Needs::kContext);
+namespace {
+
+CUresult create(const Entry& entry, CUstream* stream, unsigned flags) {
   if (stream == nullptr || (flags & ~CU_STREAM_NON_BLOCKING) != 0) return CUDA_ERROR_INVALID_VALUE;
   auto made = std::make_unique<StreamState>(StreamState{entry.device().ordinal, flags != CU_STREAM_NON_BLOCKING, true, {}});
   entry->streams.insert(made.get());
   *stream = reinterpret_cast<CUstream>(made.release());
   return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamCreate", Needs::kContext);
+  return create(entry, stream, flags);
+}
+
+CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int /*priority: there is only one*/) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamCreateWithPriority", Needs::kContext);
+  return create(entry, stream, flags);
+}
+
+CUresult cuStreamQuery(CUstream stream) {
+  FAKE_CUDA_ENTRY(entry, "cuStreamQuery", Needs::kRelaxed);
+  const int device = entry.device().ordinal;
+  if (const CUresult bad = check_stream(*entry, device, stream, "cuStreamQuery"); bad != CUDA_SUCCESS) return bad;
+  return is_any_left(*entry, all_of_queue(queue_of(*entry, device, stream))) ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
 }
 
 CUresult cuStreamSynchronize(CUstream stream) {

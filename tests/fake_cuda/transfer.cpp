@@ -60,6 +60,17 @@ CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t size, 
   return transfer(*entry, device, stream, {{at, size}}, [=] { std::memset(pointer(at), value, size); });
 }
 
+CUresult cuMemsetD8(CUdeviceptr at, unsigned char value, std::size_t size) {
+  FAKE_CUDA_ENTRY(entry, "cuMemsetD8", Needs::kContext);
+  const int device = entry.device().ordinal;
+  CUresult bad = check_stream(*entry, device, nullptr, "cuMemsetD8");
+  if (bad != CUDA_SUCCESS) return bad;
+  bad = check_touch(*entry, device, "cuMemsetD8", at, size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  if (bad != CUDA_SUCCESS) return bad;
+  // Of device memory the real one does not wait either, its name notwithstanding.
+  return transfer(*entry, device, nullptr, {{at, size}}, [=] { std::memset(pointer(at), value, size); });
+}
+
 CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, std::size_t size, CUstream stream) {
   FAKE_CUDA_ENTRY(entry, "cuMemcpyDtoDAsync", Needs::kContext);
   const int device = entry.device().ordinal;
