@@ -18,11 +18,22 @@ class OutOfMemoryError(Error, MemoryError):
         needed_bytes: what the call had to create.
         available_bytes: what it could have had.
         limit_bytes: the bound that said no.
+        held_by_others_bytes: what the call could have besides, once every slot that it does not grow, and every other
+            member of the pool, gave its memory up; 0 where something else than the budget's memory is missing.
+
+    Waiting can help exactly where ``needed_bytes <= available_bytes + held_by_others_bytes``, which
+    ``waiting_can_help`` says: a server then waits for a request to end, or preempts one. Else the call asks for more
+    than the budget holds: ask for less, or raise ``memory_limit``.
     """
 
     needed_bytes: int = 0
     available_bytes: int = 0
     limit_bytes: int = 0
+    held_by_others_bytes: int = 0
+
+    @property
+    def waiting_can_help(self) -> bool:
+        return self.needed_bytes <= self.available_bytes + self.held_by_others_bytes
 
 
 class NoFreeSlotError(Error):

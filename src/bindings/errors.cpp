@@ -17,6 +17,7 @@ void translate(const std::exception_ptr& caught, void* /*payload*/) {
     made.attr("needed_bytes") = error.needed_bytes;
     made.attr("available_bytes") = error.available_bytes;
     made.attr("limit_bytes") = error.limit_bytes;
+    made.attr("held_by_others_bytes") = error.held_by_others_bytes;
     raise(made);
   } catch (const vattn::DriverError& error) {
     const nb::object made = make("DriverError", error.what());

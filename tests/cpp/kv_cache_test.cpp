@@ -144,6 +144,15 @@ TEST_P(KVCacheTest, OutOfMemorySaysWhatWasMissingAndTakesNothing) {
     EXPECT_EQ(error.needed_bytes, 8 * driver_->traits().default_page_size);
     EXPECT_EQ(error.available_bytes, 0U);
     EXPECT_EQ(error.limit_bytes, 4 * driver_->traits().default_page_size);
+    EXPECT_EQ(error.held_by_others_bytes, 0U) << "both slots grow, so neither is another";
+    EXPECT_FALSE(error.waiting_can_help());
+  }
+  try {
+    cache->step({{1, 1}});
+    FAIL();
+  } catch (const OutOfMemoryError& error) {
+    EXPECT_EQ(error.held_by_others_bytes, 4 * driver_->traits().default_page_size) << "what slot 0 holds";
+    EXPECT_TRUE(error.waiting_can_help());
   }
   EXPECT_EQ(cache->seq_len(0), page_tokens);
   EXPECT_EQ(cache->seq_len(1), 0);

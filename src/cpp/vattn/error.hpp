@@ -24,12 +24,23 @@ class VATTN_API Error : public std::runtime_error {
 /// Memory, or another resource that memory needs (mappings, file size, cgroup), is not there. Nothing was taken.
 class VATTN_API OutOfMemoryError : public Error {
  public:
-  OutOfMemoryError(const std::string& what, std::uint64_t needed, std::uint64_t available, std::uint64_t limit)
-      : Error(what), needed_bytes(needed), available_bytes(available), limit_bytes(limit) {}
+  OutOfMemoryError(const std::string& what, std::uint64_t needed, std::uint64_t available, std::uint64_t limit,
+                   std::uint64_t held_by_others = 0)
+      : Error(what),
+        needed_bytes(needed),
+        available_bytes(available),
+        limit_bytes(limit),
+        held_by_others_bytes(held_by_others) {}
 
   std::uint64_t needed_bytes;     ///< what the call had to create
   std::uint64_t available_bytes;  ///< what it could have had
   std::uint64_t limit_bytes;      ///< the bound that said no
+  /// What the call could have besides, once every slot that it does not grow and every other member of the pool gave its memory
+  /// up. 0 where another resource than the budget's memory is missing.
+  std::uint64_t held_by_others_bytes;
+
+  /// False: not even all of the others' memory would do, so the call has to ask for less, or the limit has to rise.
+  [[nodiscard]] bool waiting_can_help() const noexcept { return needed_bytes <= available_bytes + held_by_others_bytes; }
 };
 
 /// Every slot is taken.

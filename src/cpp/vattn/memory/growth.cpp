@@ -34,14 +34,20 @@ Growth::Outcome Growth::commit(const char* call, const char* way_out) {
     } catch (const OutOfMemoryError& error) {
       // The device has less than the budget allows: once more, with what others can spare in place of new pages.
       const bool again = may_create && creating_;
+      const bool is_memory = creating_;  // else mappings, which what others hold does not bring back
       undo(lock, again);
       if (!again || missing_ > pool_.pooled_.size() + pool_.total_excess() + pool_.ahead_transit_) {
+        const std::uint64_t page = pool_.page_size();
+        const std::uint64_t needed = missing_ * page;
+        const std::uint64_t spare = is_memory ? pool_.pooled_.size() + pool_.total_excess() + pool_.ahead_transit_ : 0;
+        const std::uint64_t available = spare * page + error.available_bytes;
+        const std::uint64_t others = is_memory ? pool_.held_by_others(own_, available / page) * page : 0;
         unpromise();
         release_spare();
-        const std::uint64_t needed = missing_ * pool_.page_size();
         throw OutOfMemoryError(std::string(call) + ": " + std::to_string(needed) +
-                                   " bytes more are needed and were not to be had; nothing changed. " + error.what(),
-                               needed, error.available_bytes, pool_.limit_bytes_);
+                                   " bytes more are needed and were not to be had; " +
+                                   PagePool::words_on_waiting(needed, available, others) + "; nothing changed. " + error.what(),
+                               needed, available, pool_.limit_bytes_, others);
       }
       may_create = false;
     } catch (...) {
@@ -96,6 +102,7 @@ void Growth::promise() noexcept {
     }
     promised_ += holder_.pages_in(group.held);
     holder_.update(entry.group);
+    if (group.held != entry.held_before) own_ += holder_.pages_in(group.held) - group.owed;
   }
 }
 
@@ -145,7 +152,7 @@ void Growth::obtain(std::unique_lock<std::mutex>& lock, bool may_create, const c
       pool_.idle_.wait(lock);
       continue;
     }
-    if (!pool_.make_room(lock, {missing_, promised_, may_create, call, way_out})) break;
+    if (!pool_.make_room(lock, {missing_, promised_, own_, may_create, call, way_out})) break;
     outcome_.waited = true;
   }
   reserve_room();

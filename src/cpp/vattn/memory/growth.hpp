@@ -109,6 +109,7 @@ class VATTN_API Growth {
   bool filling_ = false;  ///< zeroing has begun, and may still run when waiting for it fails
   std::uint64_t missing_ = 0;
   std::uint64_t promised_ = 0;
+  std::uint64_t own_ = 0;  ///< pages mapped and promised to the groups whose promise this growth raises
   std::vector<Entry> entries_;
   std::vector<Run> runs_;
   std::vector<Range> dirty_;       ///< claimed pages to zero

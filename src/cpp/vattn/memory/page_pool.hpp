@@ -142,6 +142,7 @@ class VATTN_API PagePool {
   struct Need {
     std::uint64_t pages;     ///< not mapped yet
     std::uint64_t promised;  ///< these, and what is mapped of its own excess
+    std::uint64_t own;       ///< mapped and promised to the groups that grow, by this growth too
     bool may_create;         ///< false once the device has said that it has no more
     const char* call;
     const char* way_out;
@@ -160,6 +161,10 @@ class VATTN_API PagePool {
 
   /// Sees to it that `need` can be had at once. True: the lock was released meanwhile, so look again. OutOfMemoryError.
   bool make_room(std::unique_lock<std::mutex>& lock, const Need& need);
+  /// Pages that a growth could have besides `available`, once everybody else gave up what was promised; `own` as in Need.
+  [[nodiscard]] std::uint64_t held_by_others(std::uint64_t own, std::uint64_t available) const noexcept;
+  /// For OutOfMemoryError: whether to wait for them.
+  [[nodiscard]] static std::string words_on_waiting(std::uint64_t needed, std::uint64_t available, std::uint64_t others);
   [[noreturn]] void refuse(const Need& need, std::uint64_t available, const std::string& why) const;
 
   /// While a growth that was asked for looks for pages, mappers take none.

@@ -41,24 +41,39 @@ bool PagePool::anyone_busy() const noexcept {
   return false;
 }
 
+std::uint64_t PagePool::held_by_others(std::uint64_t own, std::uint64_t available) const noexcept {
+  const std::uint64_t alone = limit_pages() > own ? limit_pages() - own : 0;
+  const std::uint64_t promised = in_use() > own ? in_use() - own : 0;
+  return std::min(promised, alone > available ? alone - available : 0);
+}
+
+std::string PagePool::words_on_waiting(std::uint64_t needed, std::uint64_t available, std::uint64_t others) {
+  const std::string held = others == 0 ? "nobody else holds memory that it could have"
+                                       : "others hold " + std::to_string(others) + " bytes that it could have";
+  return held + ", so waiting for them " + (needed <= available + others ? "can" : "cannot") + " help";
+}
+
 void PagePool::refuse(const Need& need, std::uint64_t available, const std::string& why) const {
   const std::uint64_t needed = need.pages * page_size_;
-  throw OutOfMemoryError(std::string(need.call) + ": " + std::to_string(needed) + " bytes more are needed, " + why +
-                             ". Nothing changed: " + need.way_out,
-                         needed, available * page_size_, limit_bytes_);
+  const std::uint64_t available_bytes = available * page_size_;
+  const std::uint64_t others = held_by_others(need.own, available) * page_size_;
+  throw OutOfMemoryError(std::string(need.call) + ": " + std::to_string(needed) + " bytes more are needed, " + why + "; " +
+                             words_on_waiting(needed, available_bytes, others) + ". Nothing changed: " + need.way_out,
+                         needed, available_bytes, limit_bytes_, others);
 }
 
 bool PagePool::make_room(std::unique_lock<std::mutex>& lock, const Need& need) {
   if (need.promised != 0 && need.pages == 0 && in_use() > limit_pages()) {
     // All of it is mapped, but the limit was lowered: what is above it is to go, not to be promised again.
     const std::uint64_t before = in_use() - need.promised;
-    refuse({need.promised, need.promised, need.may_create, need.call, need.way_out},
+    refuse({need.promised, need.promised, need.own - need.promised, need.may_create, need.call, need.way_out},
            limit_pages() > before ? limit_pages() - before : 0,
            "more than memory_limit=" + std::to_string(limit_bytes_) + " leaves");
   }
   if (need.pages == 0) return false;
   if (need.pages + mapped_ > kMostPages) {
-    refuse(need, kMostPages,
+    // What others give up stays mapped, and counted.
+    refuse({need.pages, need.promised, limit_pages(), need.may_create, need.call, need.way_out}, kMostPages - mapped_,
            std::to_string(need.pages) + " pages, and " + std::to_string(kMostPages) +
                " are the most that can be counted: a larger page_size needs fewer");
   }
