@@ -3,6 +3,7 @@
 #include "vattn/memory/mapper.hpp"
 
 #include <dirent.h>
+#include <sys/resource.h>
 
 #include <cstring>
 #include <fstream>
@@ -187,6 +188,56 @@ struct Decode {
   std::shared_ptr<CountingDriver> driver;
   std::unique_ptr<KVCache> cache;
 };
+
+/// Voluntary context switches of the whole process: a thread that is woken for nothing and sleeps again is one.
+long sleeps() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_nvcsw;
+}
+
+TEST_P(MapperTest, ClosingAMemberOfAPoolWakesNoMapperThatLacksNothing) {
+  constexpr std::size_t kMembers = 200;
+  const auto page = driver_.counts->traits().default_page_size;
+  const auto pool = PagePool::make(Device{}, driver_.counts, page, pages(kMembers * 16));
+  std::vector<std::unique_ptr<KVCache>> members(kMembers);
+  for (auto& member : members) {
+    member = std::make_unique<KVCache>(config_, pool);
+    member->alloc();
+    member->step({{0, 1}});
+  }
+  for (auto& member : members) member->settle();
+  const long before = sleeps();
+  for (auto& member : members) member.reset();
+  EXPECT_LT(sleeps() - before, 50L * kMembers) << "waking all that are left takes half the square";
+  pool->close();
+}
+
+TEST_P(MapperTest, PagesThatComeBackWakeAMapperThatLacksThemAndNoMore) {
+  constexpr std::size_t kMembers = 20;
+  const auto page = driver_.counts->traits().default_page_size;
+  // Room for what each is promised, and for the look-ahead of none but one.
+  const auto pool = PagePool::make(Device{}, driver_.counts, page, pages((kMembers + 1) * kTensors));
+  std::vector<std::unique_ptr<KVCache>> members(kMembers);
+  config_.lookahead_tokens = 64;
+  for (auto& member : members) {
+    member = std::make_unique<KVCache>(config_, pool);
+    member->alloc();
+    member->step({{0, 1}});
+    member->settle();
+  }
+  for (std::size_t closed = 0; closed + 1 < kMembers; ++closed) {
+    members[closed].reset();
+    std::size_t ahead = 0;
+    for (std::size_t i = closed + 1; i < kMembers; ++i) {
+      members[i]->settle();
+      if (members[i]->committed_len(0) > 64) ++ahead;
+    }
+    EXPECT_EQ(ahead, std::min(closed + 2, kMembers - closed - 1)) << "after closing " << closed + 1;
+  }
+  members.clear();
+  pool->close();
+}
 
 TEST(MapperDecode, NoStepAfterTheFirstWaitsForAPage) {
   Decode with(1024);

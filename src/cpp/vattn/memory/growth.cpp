@@ -70,6 +70,7 @@ Growth::Ahead Growth::commit_ahead(std::unique_lock<std::mutex>& lock) {
   plan();
   dirty_.clear();
   if (runs_.empty()) return Ahead::kDone;
+  holder_.lacks = missing_;
   if (pool_.pressed_ != 0) {
     pool_.turned_away_ = true;
     return Ahead::kNoRoom;
@@ -77,6 +78,7 @@ Growth::Ahead Growth::commit_ahead(std::unique_lock<std::mutex>& lock) {
   if (pool_.created_ > pool_.limit_pages()) return Ahead::kNoRoom;  // what is pooled is on its way out
   if (missing_ + pool_.mapped_ > kMostPages) return Ahead::kNoRoom;
   if (missing_ > pool_.pooled_.size() + pool_.creatable(missing_)) return Ahead::kNoRoom;
+  holder_.lacks = 0;
   reserve_room();
   take_pages();
   set_busy(true);
@@ -414,7 +416,9 @@ void Growth::undo_counts(bool keep_created) noexcept {
   }
   set_busy(false);
   runs_.clear();
-  if (!ahead_only_) pool_.wake_all();  // what was at work here is not any more, and pages came back
+  if (ahead_only_) return;
+  PagePool::wake(holder_);  // what was at work here is not any more
+  pool_.wake_lacking();     // and pages came back
 }
 
 void Growth::release_spare() noexcept {

@@ -63,6 +63,7 @@ void Mapper::run() noexcept {
   auto lock = pool_.lock();
   while (!holder_.stopping) {
     holder_.woken = false;
+    holder_.lacks = 0;
     bool again = false;
     failed_ = false;
     try {

@@ -71,7 +71,11 @@ void PagePool::set_memory_limit(std::int64_t bytes) {
   limit_bytes_ = static_cast<std::uint64_t>(bytes);
   Losses losses;  // what the driver would not take is counted, and stats() shows it above the limit
   settle(lock, losses);
-  wake_all();  // there is room for look-ahead, or retired pages above the limit to wait for
+  if (created_ > limit_pages()) {
+    for (Holder* holder : holders_) wake(*holder);  // retired pages above the limit are to be waited for
+  } else {
+    wake_lacking();
+  }
 }
 
 void PagePool::check_open() const {
@@ -143,8 +147,14 @@ void PagePool::wake(Holder& holder) noexcept {
   holder.wake.notify_one();
 }
 
-void PagePool::wake_all() noexcept {
-  for (Holder* holder : holders_) wake(*holder);
+void PagePool::wake_lacking() noexcept {
+  const std::uint64_t budget = limit_pages() > created_ ? limit_pages() - created_ : 0;
+  std::uint64_t room = pooled_.size() + budget;
+  for (Holder* holder : holders_) {
+    if (holder->lacks == 0 || holder->lacks > room) continue;
+    room -= std::exchange(holder->lacks, 0);
+    wake(*holder);
+  }
 }
 
 PagePool::HolderUsage PagePool::usage(Holder& holder) {
@@ -251,7 +261,7 @@ void PagePool::empty(std::span<Row> rows, Losses& losses) noexcept {
   }
   std::unique_lock lock(mutex_);
   settle(lock, losses);
-  wake_all();  // pages came back, which look-ahead may use
+  wake_lacking();  // pages came back, which look-ahead may use
 }
 
 void PagePool::shut(Losses& losses) noexcept {

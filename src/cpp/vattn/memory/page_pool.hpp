@@ -23,6 +23,7 @@
 #include <set>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "vattn/driver/open.hpp"
@@ -175,7 +176,7 @@ class VATTN_API PagePool {
     Pressure& operator=(const Pressure&) = delete;
     ~Pressure() {
       if (--pool_.pressed_ != 0 || !std::exchange(pool_.turned_away_, false)) return;
-      pool_.wake_all();
+      pool_.wake_lacking();
     }
 
    private:
@@ -198,7 +199,9 @@ class VATTN_API PagePool {
 
   /// Into the pool, with the lock held. Without memory to remember it by, the page is given to the driver.
   void keep(PageHandle page) noexcept;
-  void wake_all() noexcept;
+  /// Pages came back: wakes the mappers that found too few, as many as now find enough. Whoever lacks nothing sleeps on: with
+  /// a thousand members, waking all of them for each that closes is what takes the time.
+  void wake_lacking() noexcept;
 
   Generation generation_;
   Device device_;

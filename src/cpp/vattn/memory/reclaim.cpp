@@ -340,7 +340,7 @@ bool PagePool::give_up_excess(Holder& holder, std::size_t index) noexcept {
   }
   Losses losses;
   settle(lock, losses);
-  wake_all();
+  wake_lacking();
   return all;
 }
 
