@@ -1,11 +1,12 @@
 /* vattn from C: vattn.h alone, every status checked.
  *
  * Two requests grow in one cache; what is written through one view is read through another; a step beyond the budget is refused
- * and changes nothing; what one request leaves behind serves the next; a growable tensor keeps its address; a cache and a
- * tensor share one budget. Exit status 0: all as it should be. Thread: one.
+ * and changes nothing, and says how much was missing; what one request leaves behind serves the next; a view that was retained
+ * outlives its tensor; a cache and a tensor share one budget. Exit status 0: all as it should be. Thread: one.
  */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <vattn.h>
 
 /* Ends the program with the message of the call that failed. */
@@ -30,7 +31,7 @@ static float* at(const vattn_view* view, int64_t token, int64_t head) {
 static vattn_cache* make_cache(void) {
   vattn_cache_config config;
   vattn_cache* cache = NULL;
-  vattn_cache_config_init(&config);
+  VATTN_INIT(&config); /* every struct of vattn.h, before its first use; what is left at 0 is the default */
   config.num_layers = 2;
   config.num_kv_heads = 2;
   config.head_dim = 64;
@@ -50,6 +51,13 @@ static void two_requests(vattn_cache* cache) {
   float new_token[2 * 64];
   vattn_view k, v, again, ignored;
   vattn_stats stats;
+  vattn_error_info refused;
+  VATTN_INIT(&k);
+  VATTN_INIT(&v);
+  VATTN_INIT(&again);
+  VATTN_INIT(&ignored);
+  VATTN_INIT(&stats);
+  VATTN_INIT(&refused);
   for (int i = 0; i < 128; ++i) new_token[i] = (float)i;
   CHECK(vattn_cache_alloc(cache, &slots[0]));
   CHECK(vattn_cache_alloc(cache, &slots[1]));
@@ -57,13 +65,17 @@ static void two_requests(vattn_cache* cache) {
 
   CHECK(vattn_cache_view(cache, 1, slots[0], &k, &v));
   EXPECT(k.ndim == 3 && k.shape[0] == 300 && k.shape[1] == 2 && k.shape[2] == 64);
+  EXPECT(strcmp(k.dtype, "float32") == 0 && k.element_size == 4 && k.device_kind == VATTN_CPU);
   for (int64_t token = 0; token < k.shape[0]; ++token) {
     at(&k, token, 1)[63] = (float)token;
     at(&v, token, 0)[0] = (float)-token;
   }
 
   EXPECT(vattn_cache_step_slots(cache, slots, too_many, 2) == VATTN_OUT_OF_MEMORY);
-  printf("refused, as it should be: %s\n", vattn_last_error());
+  CHECK(vattn_last_error_info(&refused));
+  EXPECT(refused.status == VATTN_OUT_OF_MEMORY && refused.needed_bytes > refused.available_bytes);
+  printf("refused, as it should be, %llu KiB of %llu: %s\n", (unsigned long long)refused.available_bytes / 1024,
+         (unsigned long long)refused.needed_bytes / 1024, refused.message);
   CHECK(vattn_cache_seq_len(cache, slots[0], &length));
   EXPECT(length == 300);
 
@@ -92,6 +104,7 @@ static void growable_tensor(void) {
   const int64_t row_shape[1] = {256};
   vattn_tensor* tensor = NULL;
   void *first = NULL, *then = NULL;
+  vattn_view rows;
   CHECK(vattn_tensor_create(row_shape, 1, 1 << 20, "float32", NULL, 0, 0, &tensor));
   CHECK(vattn_tensor_resize(tensor, 10));
   CHECK(vattn_tensor_data(tensor, &first));
@@ -99,7 +112,13 @@ static void growable_tensor(void) {
   CHECK(vattn_tensor_resize(tensor, 10000));
   CHECK(vattn_tensor_data(tensor, &then));
   EXPECT(then == first && ((float*)then)[0] == 42.0F);
+  VATTN_INIT(&rows);
+  CHECK(vattn_tensor_view(tensor, &rows));
+  EXPECT(rows.data == first && rows.ndim == 2 && rows.shape[0] == 10000 && rows.strides[0] == 256);
+  CHECK(vattn_view_retain(&rows));
   vattn_tensor_destroy(tensor);
+  EXPECT(((float*)rows.data)[0] == 42.0F);
+  CHECK(vattn_view_release(&rows));
 }
 
 static void shared_budget(void) {
@@ -111,12 +130,13 @@ static void shared_budget(void) {
   vattn_cache_config config;
   vattn_pool_stats stats;
   CHECK(vattn_pool_create("cpu", 64 << 10, 32 * (64 << 10), &pool));
-  vattn_cache_config_init(&config);
+  VATTN_INIT(&config);
+  VATTN_INIT(&stats);
   config.num_layers = config.num_kv_heads = config.max_batch_size = 1;
   config.head_dim = 128;
   config.max_seq_len = all;
   config.dtype = "float32";
-  config.lookahead_tokens = 0;
+  config.lookahead_tokens = VATTN_NONE; /* 0 would be the default */
   config.pool = pool;
   CHECK(vattn_cache_create(&config, &cache));
   CHECK(vattn_tensor_create_in_pool(row_shape, 1, 64, "float32", pool, &tensor));

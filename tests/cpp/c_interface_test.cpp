@@ -503,6 +503,29 @@ TEST(CInterface, ARetainedTensorOutlivesItsTensorAndItsPool) {
   EXPECT_EQ(vattn_view_release(&view), VATTN_OK);
 }
 
+TEST(CInterface, AViewIsRetainedOrRefusedWhileAnotherThreadCloses) {
+  for (int round = 0; round < 100; ++round) {
+    const Cache cache;
+    const std::int64_t slot = cache.alloc();
+    ASSERT_EQ(cache.step(slot, 1), VATTN_OK);
+    auto k = ready<vattn_view>();
+    auto v = ready<vattn_view>();
+    ASSERT_EQ(vattn_cache_view(cache.handle, 0, slot, &k, &v), VATTN_OK);
+    static_cast<std::uint16_t*>(k.data)[0] = 9;
+    std::thread closer([&] { EXPECT_EQ(vattn_cache_close(cache.handle), VATTN_OK); });
+    const vattn_status status = vattn_view_retain(&k);
+    closer.join();
+    if (status == VATTN_OK) {
+      EXPECT_EQ(static_cast<std::uint16_t*>(k.data)[0], 9) << "what is kept is whole";
+      EXPECT_EQ(vattn_view_release(&k), VATTN_OK);
+    } else {
+      EXPECT_EQ(status, VATTN_INVALID_ARGUMENT);
+      EXPECT_EQ(k.owner, nullptr);
+    }
+    EXPECT_FALSE(is_in_a_buffer(reinterpret_cast<Address>(v.data)));
+  }
+}
+
 TEST(CInterface, AViewWithoutMemoryNeedsNoOwner) {
   const Cache cache("meta");
   auto k = ready<vattn_view>();
@@ -635,9 +658,17 @@ TEST(CInterface, AnErrorCarriesItsBytes) {
   EXPECT_EQ(info.needed_bytes, 8U * kPage);
   EXPECT_EQ(info.available_bytes, 4U * kPage);
   EXPECT_EQ(info.limit_bytes, 4U * kPage);
+  EXPECT_EQ(info.held_by_others_bytes, 0U) << "nobody else has any: waiting cannot help";
   EXPECT_EQ(std::string(info.driver_call), "");
   EXPECT_EQ(std::string(info.driver_code_name), "");
   EXPECT_EQ(info.driver_code, 0);
+
+  ASSERT_EQ(cache.step(slot, 1), VATTN_OK);
+  const std::int64_t second = cache.alloc();
+  ASSERT_EQ(cache.step(second, 1), VATTN_OUT_OF_MEMORY);
+  ASSERT_EQ(vattn_last_error_info(&info), VATTN_OK);
+  EXPECT_EQ(info.needed_bytes, 4U * kPage);
+  EXPECT_EQ(info.held_by_others_bytes, 4U * kPage) << "the first slot's";
 
   ASSERT_EQ(vattn_cache_free(cache.handle, 99), VATTN_OUT_OF_RANGE);
   ASSERT_EQ(vattn_last_error_info(&info), VATTN_OK);

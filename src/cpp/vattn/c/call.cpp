@@ -41,6 +41,7 @@ Failure of_memory(const OutOfMemoryError& error) noexcept {
   failure.needed_bytes = error.needed_bytes;
   failure.available_bytes = error.available_bytes;
   failure.limit_bytes = error.limit_bytes;
+  failure.held_by_others_bytes = error.held_by_others_bytes;
   return failure;
 }
 

@@ -138,15 +138,17 @@ typedef struct vattn_pool_stats {
 /* What this thread's last failure carried. The strings are the library's: valid until this thread's next failure. */
 typedef struct vattn_error_info {
   size_t struct_size;
-  vattn_status status;           /* VATTN_OK before the first failure */
-  int32_t driver_code;           /* VATTN_DRIVER_ERROR: a CUresult, or errno on the host */
-  const char* message;           /* as vattn_last_error() */
-  const char* driver_call;       /* VATTN_DRIVER_ERROR: "cuMemMap", "fallocate", ...; else "" */
-  const char* driver_code_name;  /* VATTN_DRIVER_ERROR: "CUDA_ERROR_INVALID_VALUE", "ENOMEM", ...; else "" */
-  uint64_t needed_bytes;         /* VATTN_OUT_OF_MEMORY: what the call had to create */
-  uint64_t available_bytes;      /* VATTN_OUT_OF_MEMORY: what it could have had */
-  uint64_t limit_bytes;          /* VATTN_OUT_OF_MEMORY: the bound that said no */
-  uint64_t held_by_others_bytes; /* VATTN_OUT_OF_MEMORY: of that bound, what others hold: waiting for them may help */
+  vattn_status status;          /* VATTN_OK before the first failure */
+  int32_t driver_code;          /* VATTN_DRIVER_ERROR: a CUresult, or errno on the host */
+  const char* message;          /* as vattn_last_error() */
+  const char* driver_call;      /* VATTN_DRIVER_ERROR: "cuMemMap", "fallocate", ...; else "" */
+  const char* driver_code_name; /* VATTN_DRIVER_ERROR: "CUDA_ERROR_INVALID_VALUE", "ENOMEM", ...; else "" */
+  uint64_t needed_bytes;        /* VATTN_OUT_OF_MEMORY: what the call had to create */
+  uint64_t available_bytes;     /* VATTN_OUT_OF_MEMORY: what it could have had */
+  uint64_t limit_bytes;         /* VATTN_OUT_OF_MEMORY: the bound that said no */
+  /* VATTN_OUT_OF_MEMORY: what the call could have besides, once all others gave their memory up. Waiting for them can help
+   * where needed_bytes <= available_bytes + held_by_others_bytes. */
+  uint64_t held_by_others_bytes;
 } vattn_error_info;
 
 /* "0.1.0" */
