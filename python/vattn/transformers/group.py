@@ -79,7 +79,10 @@ class LayerGroup:
     def _widen(self, rows: int, length: int) -> None:
         """Move to a lease of `rows` rows, with memory for `length` tokens: a copy of what the layers hold, once."""
         old = self.lease
-        new = self.source.lease(self.count, self.shape, rows, length, old)
+        is_empty = not any(layer.rows and layer.length for layer in self.layers)
+        if is_empty:
+            old.close()  # first, so that its memory is there for the new one
+        new = self.source.lease(self.count, self.shape, rows, length, None if is_empty else old)
         try:
             new.record_stream()
             new.cache.step(dict.fromkeys(new.slots, length))
