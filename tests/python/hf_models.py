@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 vattn_transformers = pytest.importorskip("vattn.transformers")
 
 VattnCache = vattn_transformers.VattnCache
+cache_argument = vattn_transformers.cache_argument
 PAD = 0
 VOCAB = 96
 NEW = 12  # tokens generated
@@ -108,7 +109,7 @@ def generate(model: Any, ids: Any, cache: Any = None, **options: Any) -> Any:
     own."""
     torch.manual_seed(7)
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
-    return model.generate(ids, past_key_values=cache, **options)
+    return model.generate(ids, **cache_argument(cache), **options)
 
 
 def dynamic_cache(model: Any) -> Any:

@@ -19,8 +19,7 @@ import transformers
 
 import vattn
 from hf_models import VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
-
-warnings.filterwarnings("ignore", category=FutureWarning)
+from vattn.transformers import cache_argument
 
 SIZES = {
     "vocab_size": 96,
@@ -64,7 +63,7 @@ def gemma3():
 
 def step(model, cache, ids):
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **cache_argument(cache)).logits
 
 
 def held(cache):

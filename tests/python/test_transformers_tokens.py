@@ -15,7 +15,19 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 
-from hf_models import DECODERS, MODELS, NEW, PAD, VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
+from hf_models import (
+    DECODERS,
+    MODELS,
+    NEW,
+    PAD,
+    VattnCache,
+    cache_argument,
+    dynamic_cache,
+    generate,
+    model_of,
+    prompt,
+    vattn_cache,
+)
 
 ATTENTION = ["sdpa", "eager"]
 
@@ -120,7 +132,7 @@ def test_a_copy_of_a_prefilled_cache_used_twice(decoder):
     answers = []
     for cache in (dynamic_cache(decoder), vattn_cache(decoder)):
         with torch.no_grad():
-            decoder(prefix, past_key_values=cache)
+            decoder(prefix, **cache_argument(cache))
         answers.append([generate(decoder, question, copy.deepcopy(cache)) for question in questions])
         assert cache.get_seq_length() == 13, "a copy that grows must leave the original alone"
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
@@ -165,7 +177,7 @@ def test_token_by_token_without_generate(decoder):
     ids = prompt(rows=2, length=20)
     with vattn_cache(decoder, rows=2) as cache, torch.no_grad():
         full = decoder(ids, use_cache=False).logits
-        parts = [decoder(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+        parts = [decoder(ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(ids.shape[1])]
     assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-4)
 
 

@@ -105,7 +105,7 @@ def _check(layer: VattnLayer, name: str, tensor: Any) -> None:
             f"layer.{name} = {_shown(tensor)} does not fit a layer of {shape.heads} heads of {dim}, {shape.dtype} on "
             f"{shape.device}; use DynamicCache to change those"
         )
-    layer.group.limits.check(tensor.shape[0], tensor.shape[2])
+    layer.memory.limits.check(tensor.shape[0], tensor.shape[2])
 
 
 def _extent(tensor: torch.Tensor | None) -> tuple[int, int]:

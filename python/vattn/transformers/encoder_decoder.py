@@ -29,7 +29,13 @@ class _DecoderCache(VattnCache):
 class EncoderDecoderVattnCache(VattnCache, EncoderDecoderCache):
     """Both a VattnCache and an EncoderDecoderCache, with its `self_attention_cache` and `cross_attention_cache`."""
 
-    def __init__(self, config: PreTrainedConfig, max_seq_len: int, max_batch_size: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_seq_len: int | None = None,
+        max_batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
         decoder = _DecoderCache(config, max_seq_len, max_batch_size, **options)
         EncoderDecoderCache.__init__(self, decoder, DynamicCache(config=config))
         # The same layers under both names, so that what asks it for plain tokens, as an outer EncoderDecoderCache does,

@@ -280,11 +280,11 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(keys, values)
         assert self.group is not None
         rows, _, length, _ = keys.shape
-        self.group.make_room(rows, length)
         graph = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         with torch.no_grad():
             old = (self._keys, self._values)
             given = [apart(tensor, held) for tensor, held in zip((keys, values), old, strict=True)]
+            self.group.make_room(rows, length)
             self.rows, self.length, self._graph = rows, length, None
             for target, source in zip(self.refresh(), given, strict=True):
                 if source is not None:
