@@ -204,6 +204,16 @@ def test_an_emptied_layer_has_tensors_without_tokens():
     assert torch.equal(cache.layers[2].keys, keys)
 
 
+def test_half_of_a_dropped_encoder_decoder_cache_lives_on():
+    cache = VattnCache(model_of("t5").config, 64)
+    generate(model_of("t5"), prompt(), cache)
+    twin = copy.deepcopy(cache)
+    halves = [cache.self_attention_cache, twin.self_attention_cache]
+    held = cache.layers[1].keys.clone()
+    del cache, twin
+    assert all(torch.equal(half.layers[1].keys, held) for half in halves)
+
+
 # ---------------------------------------------------------------- the name of the keyword
 
 
@@ -263,13 +273,16 @@ def test_reset_and_crop_keep_memory_mapped_and_close_gives_it_back():
 
 def test_after_reset_another_member_of_the_pool_can_have_the_memory():
     row = 3 * 2 * HEADS * 65536
-    with vattn.PagePool("cpu", memory_limit=row, page_size=65536) as pages:
-        with llama(pool=pages, layout="HND") as first, llama(pool=pages, layout="HND") as second:
-            fill(first, 1, 5)
-            with pytest.raises(vattn.OutOfMemoryError):
-                fill(second, 1, 5)
-            first.reset()
+    with (
+        vattn.PagePool("cpu", memory_limit=row, page_size=65536) as pages,
+        llama(pool=pages, layout="HND") as first,
+        llama(pool=pages, layout="HND") as second,
+    ):
+        fill(first, 1, 5)
+        with pytest.raises(vattn.OutOfMemoryError):
             fill(second, 1, 5)
+        first.reset()
+        fill(second, 1, 5)
 
 
 def test_a_dropped_cache_gives_its_memory_back_at_once():

@@ -101,7 +101,7 @@ class VattnCache(DynamicCache):
         if _source is None:
             _source = OwnMemory(_limits(config, max_seq_len, max_batch_size, options))
         self._memory = CacheMemory(_source)
-        give_back_with(self, self._memory)
+        self._hold()
         super().__init__(config=config)
         self.layers = [in_vattn(layer, self._memory) or layer for layer in self.layers]
         others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, DummyLayer))]
@@ -296,20 +296,19 @@ class VattnCache(DynamicCache):
         copy.deepcopy(self._memory, memo)  # first: it knows the copies of all layers, in whatever order they are met
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
-        give_back_with(twin, twin._memory)
+        twin._hold()
         return twin
+
+    def _hold(self) -> None:
+        """Let the memory go with the last reference to this object. Layers and groups know each other, and would wait
+        for the garbage collector."""
+        weakref.finalize(self, _close_quietly, self._memory).atexit = False  # a KVCache closes itself then
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
             "cannot pickle a VattnCache: its memory belongs to this process; "
             "use copy.deepcopy for a copy here, or save clones of the layers' keys and values"
         )
-
-
-def give_back_with(cache: VattnCache, memory: CacheMemory) -> None:
-    """Close `memory` with the last reference to `cache`: its layers and groups know each other, and would wait for the
-    garbage collector."""
-    weakref.finalize(cache, _close_quietly, memory).atexit = False  # a KVCache closes itself then
 
 
 def _close_quietly(memory: CacheMemory) -> None:

@@ -309,11 +309,11 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(keys, values)
         assert self.group is not None
         rows, _, length, _ = keys.shape
-        self.group.make_room(rows, length)
         graph = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         with torch.no_grad():
             old = (self._keys, self._values)
             given = [apart(tensor, held) for tensor, held in zip((keys, values), old, strict=True)]
+            self.group.make_room(rows, length)
             self.rows, self.length, self._graph = rows, length, None
             for target, source in zip(self.refresh(), given, strict=True):
                 if source is not None:
@@ -336,8 +336,12 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def twin(self, memory: CacheMemory) -> VattnLayer:
         """The same layer for a copy of the cache, without a group yet."""
-        twin = type(self)(memory)
+        return self.twin_of(VattnLayer(memory), {})
+
+    def twin_of(self, twin: VattnLayer, beside: dict[str, Any]) -> VattnLayer:
+        """`twin`, a new layer of a copy of the cache, made like this one, with copies of the attributes `beside`."""
         self.settle()
+        vars(twin).update(copy.deepcopy(beside))
         twin.rows, twin.length, twin.is_initialized = self.rows, self.length, self.is_initialized
         twin._graph, twin._dtypes = self._graph, self._dtypes
         if self.is_initialized:

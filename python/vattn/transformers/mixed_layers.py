@@ -62,6 +62,11 @@ class VattnHybridLayer(LinearAttentionLayer, VattnLayer):  # type: ignore[no-unt
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         VattnLayer.reorder_cache(self, beam_idx)
 
+    def twin(self, memory: CacheMemory) -> VattnLayer:
+        """The same layer for a copy of the cache, without a group yet."""
+        mixer = vars(LinearAttentionLayer(number_of_states=self.number_of_states))
+        return self.twin_of(VattnHybridLayer(memory, self.number_of_states), {name: vars(self)[name] for name in mixer})
+
     offload = prefetch = VattnLayer.offload
 
 
@@ -121,16 +126,10 @@ class VattnIndexedLayer(DynamicIndexedLayer, VattnLayer):  # type: ignore[no-unt
 
     def twin(self, memory: CacheMemory) -> VattnLayer:
         """The same layer for a copy of the cache, without a group yet."""
-        twin = VattnLayer.twin(self, memory)
-        assert isinstance(twin, VattnIndexedLayer)
-        for name, value in self._indexer().items():
-            setattr(twin, name, value.clone() if isinstance(value, torch.Tensor) else value)
-        return twin
+        indexer = {name: value for name, value in vars(self).items() if "indexer" in name}
+        return self.twin_of(VattnIndexedLayer(memory), indexer)
 
     offload = prefetch = VattnLayer.offload
-
-    def _indexer(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if "indexer" in name}
 
     def _restore_indexer(self, held: int, positions: torch.Tensor | None) -> None:
         if held:
