@@ -300,3 +300,16 @@ def test_a_dropped_cache_gives_its_memory_back_at_once():
             assert pages.stats().members == ()
     finally:
         gc.enable()
+
+
+def test_a_layer_of_a_dropped_cache_keeps_its_memory():
+    cache = llama()
+    keys, _ = fill(cache, 1, 5)
+    layer = cache.layers[1]
+    del cache
+    got, _ = layer.update(states(), states())
+    assert torch.equal(got[:, :, :5], keys)
+    twin = copy.deepcopy(layer)
+    layer.crop(-1)
+    assert torch.equal(layer.keys, keys)
+    assert torch.equal(twin.keys, got)

@@ -49,9 +49,6 @@ class EncoderDecoderVattnCache(VattnCache, EncoderDecoderCache):
     batch_repeat_interleave = EncoderDecoderCache.batch_repeat_interleave
     batch_select_indices = EncoderDecoderCache.batch_select_indices
 
-    def _hold(self) -> None:
-        """The decoder's half holds the memory."""
-
     def __iter__(self) -> Iterator[Any]:
         yield from EncoderDecoderCache.__iter__(self)  # type: ignore[no-untyped-call]
 
