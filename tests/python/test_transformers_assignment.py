@@ -13,16 +13,16 @@ import torch
 
 import vattn
 from hf_models import VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
+from vattn.transformers import cache_argument
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:VattnCache holds"),
-    pytest.mark.filterwarnings("ignore:`past_key_values`"),
 ]
 
 
 def step(model, cache, ids):
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **cache_argument(cache)).logits
 
 
 def both(edit, name="llama", length=40, rows=1):

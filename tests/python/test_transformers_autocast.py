@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from hf_models import dynamic_cache, generate, model_of, prompt, vattn_cache
+from vattn.transformers import cache_argument
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:VattnCache holds"),
-    pytest.mark.filterwarnings("ignore:`past_key_values`"),
 ]
 
 
@@ -54,7 +54,7 @@ def test_logits_are_equal_to_the_last_bit():
     ids = prompt(length=40)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for part in ids.split(7, dim=1):
-            logits = [model(part, past_key_values=cache).logits for cache in caches]
+            logits = [model(part, **cache_argument(cache)).logits for cache in caches]
             assert torch.equal(*logits)
 
 
@@ -77,8 +77,8 @@ def test_training_under_autocast_has_the_gradients_of_dynamic_cache():
     for cache in (dynamic_cache(model), vattn_cache(model)):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            model(prompt(length=9), past_key_values=cache)
-            loss = model(prompt(length=4, seed=2), past_key_values=cache).logits.float().square().mean()
+            model(prompt(length=9), **cache_argument(cache))
+            loss = model(prompt(length=4, seed=2), **cache_argument(cache)).logits.float().square().mean()
         loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -12,10 +12,10 @@ pytest.importorskip("transformers")
 import torch
 
 from hf_models import dynamic_cache, model_of, prompt, vattn_cache
+from vattn.transformers import cache_argument
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:VattnCache holds"),
-    pytest.mark.filterwarnings("ignore:`past_key_values`"),
 ]
 
 
@@ -44,7 +44,7 @@ def test_prefix_tuning_learns_as_with_dynamic_cache(name, parts):
             cache.update(keys, values, layer)
         loss = 0
         for part in prompt(length=9).chunk(parts, dim=1):
-            loss = loss + model(part, past_key_values=cache).logits.square().mean()
+            loss = loss + model(part, **cache_argument(cache)).logits.square().mean()
         loss.backward()
         gradients.append([tensor.grad for pair in prefix for tensor in pair])
     assert_same(zip(gradients[1], gradients[0], strict=True))
@@ -57,8 +57,8 @@ def test_two_passes_give_every_weight_its_whole_gradient(name):
     gradients = []
     for cache in (dynamic_cache(model), vattn_cache(model)):
         model.zero_grad()
-        model(prompt(length=12), past_key_values=cache)
-        model(prompt(length=4, seed=2), past_key_values=cache).logits.square().mean().backward()
+        model(prompt(length=12), **cache_argument(cache))
+        model(prompt(length=4, seed=2), **cache_argument(cache)).logits.square().mean().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     assert_same(zip(gradients[1], gradients[0], strict=True))
 
@@ -72,7 +72,7 @@ def trained(edit):
         for layer, (keys, values) in enumerate(prefix):
             cache.update(keys, values, layer)
         rows = edit(cache) or 2
-        model(prompt(rows=rows, length=3), past_key_values=cache).logits.square().mean().backward()
+        model(prompt(rows=rows, length=3), **cache_argument(cache)).logits.square().mean().backward()
         gradients.append([tensor.grad for pair in prefix for tensor in pair])
     return zip(gradients[1], gradients[0], strict=True)
 
@@ -105,7 +105,7 @@ def test_a_refused_step_keeps_the_history():
             with pytest.raises(ValueError, match=r"do not fit"):
                 cache.update(torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 9), 1)
             assert cache.get_seq_length() == 5
-        model(prompt(rows=2, length=3), past_key_values=cache).logits.square().mean().backward()
+        model(prompt(rows=2, length=3), **cache_argument(cache)).logits.square().mean().backward()
         gradients.append([tensor.grad for pair in prefix for tensor in pair])
     assert_same(zip(gradients[1], gradients[0], strict=True))
 
@@ -119,7 +119,7 @@ def test_a_fork_keeps_the_history():
         prefix = learned_prefix(model)
         for layer, (keys, values) in enumerate(prefix):
             cache.update(keys, values, layer)
-        model(prompt(length=3), past_key_values=fork(cache)).logits.square().mean().backward()
+        model(prompt(length=3), **cache_argument(fork(cache))).logits.square().mean().backward()
         gradients.append([tensor.grad for pair in prefix for tensor in pair])
     assert_same(zip(gradients[1], gradients[0], strict=True))
 
@@ -127,10 +127,10 @@ def test_a_fork_keeps_the_history():
 def test_a_step_without_grad_lets_go_of_the_graph():
     model = model_of("llama")
     cache = vattn_cache(model)
-    model(prompt(), past_key_values=cache)
+    model(prompt(), **cache_argument(cache))
     assert all(layer.keys.requires_grad and layer.values.requires_grad for layer in cache.layers)
     with torch.no_grad():
-        model(prompt(length=1), past_key_values=cache)
+        model(prompt(length=1), **cache_argument(cache))
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
 
 
@@ -138,9 +138,9 @@ def test_without_anything_to_train_nothing_is_copied():
     model = copy.deepcopy(model_of("llama")).requires_grad_(False)
     cache = vattn_cache(model)
     ids = prompt(length=9)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     before = [layer.keys.data_ptr() for layer in cache.layers]
-    last = model(ids[:, :1], past_key_values=cache).logits[:, -1]
+    last = model(ids[:, :1], **cache_argument(cache)).logits[:, -1]
     assert [layer.keys.data_ptr() for layer in cache.layers] == before
     assert torch.allclose(last, model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1], atol=1e-4)
 
@@ -148,8 +148,8 @@ def test_without_anything_to_train_nothing_is_copied():
 def test_memory_and_graph_hold_the_same_tokens():
     model = model_of("llama")
     cache = vattn_cache(model)
-    model(prompt(length=9), past_key_values=cache)
+    model(prompt(length=9), **cache_argument(cache))
     with torch.no_grad():
         kept = [layer.keys.clone() for layer in cache.layers]
-        model(prompt(length=1), past_key_values=cache)
+        model(prompt(length=1), **cache_argument(cache))
     assert all(torch.equal(layer.keys[:, :, :9], keys) for layer, keys in zip(cache.layers, kept, strict=True))

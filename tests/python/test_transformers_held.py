@@ -17,7 +17,6 @@ import vattn
 from hf_models import VattnCache, dynamic_cache, generate, model_of, prompt
 from test_transformers_refused_step import SIZES, gemma3, held, qwen3_next, step
 
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values`")
 some = pytest.mark.filterwarnings("ignore:VattnCache holds")
 
 

@@ -18,9 +18,8 @@ import torch
 import transformers
 
 import vattn
-from hf_models import VattnCache, cache_argument, dynamic_cache, generate, model_of, prompt, vattn_cache
-
-warnings.filterwarnings("ignore", category=FutureWarning)
+from hf_models import VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
+from vattn.transformers import cache_argument
 
 SIZES = {
     "vocab_size": 96,

@@ -12,10 +12,8 @@ Thread: one at a time, as any transformers cache; different caches are independe
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
-import weakref
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -101,7 +99,6 @@ class VattnCache(DynamicCache):
         if _source is None:
             _source = OwnMemory(_limits(config, max_seq_len, max_batch_size, options))
         self._memory = CacheMemory(_source)
-        give_back_with(self, self._memory)
         super().__init__(config=config)
         self.layers = [in_vattn(layer, self._memory) or layer for layer in self.layers]
         others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, DummyLayer))]
@@ -296,7 +293,6 @@ class VattnCache(DynamicCache):
         copy.deepcopy(self._memory, memo)  # first: it knows the copies of all layers, in whatever order they are met
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
-        give_back_with(twin, twin._memory)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -304,17 +300,6 @@ class VattnCache(DynamicCache):
             "cannot pickle a VattnCache: its memory belongs to this process; "
             "use copy.deepcopy for a copy here, or save clones of the layers' keys and values"
         )
-
-
-def give_back_with(cache: VattnCache, memory: CacheMemory) -> None:
-    """Close `memory` with the last reference to `cache`: its layers and groups know each other, and would wait for the
-    garbage collector."""
-    weakref.finalize(cache, _close_quietly, memory).atexit = False  # a KVCache closes itself then
-
-
-def _close_quietly(memory: CacheMemory) -> None:
-    with contextlib.suppress(Exception):  # in a forked child, or what the driver would not take
-        memory.close()
 
 
 def _limits(config: Any, max_seq_len: Any, max_batch_size: Any, options: dict[str, Any]) -> Limits:
