@@ -148,8 +148,8 @@ def reason(result: dict[str, Any]) -> str:
     if result["others"]:
         named = (f"{count} {_OTHERS.get(kind, kind)}" for kind, count in sorted(result["others"].items()))
         parts.append(f"stays with transformers: {', '.join(named)}")
-    if not result["layers"] and not result["cache_error"]:
-        parts.append("keeps no cache")
+    if not result["held"] and not result["others"] and not result["cache_error"]:
+        parts.append("leaves the cache empty")
     if text := result["attention_refused"] or result["attention_error"]:
         parts.append(f"attention: {_short(text)}")
     return "; ".join(parts).replace("|", "\\|")

@@ -27,7 +27,7 @@ from vattn.transformers.attention import attention_forward
 
 PROMPT, NEW, PADS = 14, 16, 4
 TOLERANCE = 1e-4
-MOST_PARAMETERS = 8_000_000
+MOST_PARAMETERS = 12_000_000
 #: The token whose key is changed, and in which row.
 DAMAGED_ROW, DAMAGED_TOKEN = 1, 12
 

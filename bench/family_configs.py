@@ -91,10 +91,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "blt_local_encoder": {"encoder_hash_byte_group_vocab": 500},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {
-        "attn_config": {"kv_n_heads": _KV_HEADS, "rope_theta": 1e4},
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": _KV_HEADS, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": _FFN, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": _HIDDEN},
     },
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "n_recurrent_loops": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "n_recurrent_loops": 2,
+    },
     "dots1": {
         "n_shared_experts": 1,
         "n_routed_experts": 4,
@@ -120,7 +128,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "ministral": {"head_dim": _HEAD_DIM},
+    "mpt": {"max_seq_len": None},
     "nemotron": {"num_key_value_heads": _KV_HEADS},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"n_mamba_heads": 4, "attention_head_dim": None},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -132,7 +146,7 @@ def tiny_config(model_type: str, model_class: type) -> Any:
     """A small configuration for `model_class` of the family, with a window or a selection wherever it has one."""
     kind = model_class.config_class or transformers.CONFIG_MAPPING[model_type]
     try:
-        return kind(**{**_tiny(kind), **copy.deepcopy(SPECIAL.get(model_type, {}))})
+        return kind(**_tiny(kind))
     except Exception as error:
         raise NoTinyConfigError(f"{type(error).__name__}: {error}") from error
 
@@ -145,8 +159,7 @@ def _tiny(kind: type) -> dict[str, Any]:
     for name in kind.sub_configs:
         inner = getattr(default, name, None)
         if inner is not None:
-            given[name] = {**_tiny(type(inner)), **SPECIAL.get(inner.model_type, {})}
-            given[name]["model_type"] = inner.model_type
+            given[name] = {**_tiny(type(inner)), "model_type": inner.model_type}
     layers = next((values[name] for name in ("num_hidden_layers", "n_layer") if name in values), None)
     kept = _kept_layers(values, layers)
     sizes = {**_SIZES, **(_LATENT if isinstance(values.get("kv_lora_rank"), int) else {})}
@@ -167,7 +180,12 @@ def _tiny(kind: type) -> dict[str, Any]:
     given |= {"pad_token_id": 0, "eos_token_id": None}
     if values.get("vocab_size") is None:
         given.pop("pad_token_id")
-    return given
+    given |= copy.deepcopy(SPECIAL.get(kind.model_type, {}))
+    return {name: value for name, value in given.items() if name not in _left_out(kind)}
+
+
+def _left_out(kind: type) -> set[str]:
+    return {name for name, value in SPECIAL.get(kind.model_type, {}).items() if value is None}
 
 
 def _kept_layers(values: dict[str, Any], layers: int | None) -> list[int]:

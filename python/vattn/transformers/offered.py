@@ -31,7 +31,6 @@ WITHOUT_SDPA = (
     "gpt_oss",
     "granite_swa",
     "granitemoe_swa",
-    "hy_v4",
     "inkling2_text",
     "inkling2_loop_text",
     "mimo_v2_flash",
