@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from vattn.attention import scores
 from vattn.attention.scores import attend_scores, attend_sinks, can_attend_sinks

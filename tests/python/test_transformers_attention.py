@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import vattn.attention
-from hf_models import DECODERS, MODELS, NEW, PAD, dynamic_cache, generate, model_of, prompt, vattn_cache
+from hf_models import DECODERS, MODELS, NEW, PAD, cache_argument, dynamic_cache, generate, model_of, prompt, vattn_cache
 from vattn.transformers.attention import attention_forward
 
 TOLERANCE = 1e-4
@@ -165,11 +165,11 @@ def decode_once(model, ids, mask=None):
     """Prefill `ids` and decode one token; only the second is recorded when `calls` is cleared in between."""
     cache = vattn_cache(model, ids.shape[0])
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_argument(cache))
         yield
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(ids.shape[0], 1)], dim=1)
-        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        model(ids[:, :1], attention_mask=mask, **cache_argument(cache))
     yield
 
 
@@ -206,7 +206,7 @@ def test_equally_padded_rows_are_one_call(calls):
 
 def test_a_prompt_needs_no_mask(calls):
     with torch.no_grad():
-        model_of("llama", "vattn")(prompt(rows=2), past_key_values=vattn_cache(model_of("llama"), 2))
+        model_of("llama", "vattn")(prompt(rows=2), **cache_argument(vattn_cache(model_of("llama"), 2)))
     assert calls == [((2, 4, 17, 8), (2, 2, 17, 8), False)] * 3
 
 

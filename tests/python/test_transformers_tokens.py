@@ -15,7 +15,19 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 
-from hf_models import DECODERS, MODELS, NEW, PAD, VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
+from hf_models import (
+    DECODERS,
+    MODELS,
+    NEW,
+    PAD,
+    VattnCache,
+    cache_argument,
+    dynamic_cache,
+    generate,
+    model_of,
+    prompt,
+    vattn_cache,
+)
 
 ATTENTION = ["sdpa", "eager"]
 
@@ -120,7 +132,7 @@ def test_a_copy_of_a_prefilled_cache_used_twice(decoder):
     answers = []
     for cache in (dynamic_cache(decoder), vattn_cache(decoder)):
         with torch.no_grad():
-            decoder(prefix, past_key_values=cache)
+            decoder(prefix, **cache_argument(cache))
         answers.append([generate(decoder, question, copy.deepcopy(cache)) for question in questions])
         assert cache.get_seq_length() == 13, "a copy that grows must leave the original alone"
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
@@ -165,7 +177,7 @@ def test_token_by_token_without_generate(decoder):
     ids = prompt(rows=2, length=20)
     with vattn_cache(decoder, rows=2) as cache, torch.no_grad():
         full = decoder(ids, use_cache=False).logits
-        parts = [decoder(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+        parts = [decoder(ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(ids.shape[1])]
     assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-4)
 
 
@@ -201,7 +213,7 @@ def test_bfloat16():
         assert torch.equal(generate(model, ids, cache), generate(model, ids))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "mistral-sliding"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_damaged_cache_changes_the_tokens(name):
     # The comparisons here would pass for a model that does not look back; these models do.
     model = model_of(name)
@@ -221,11 +233,10 @@ def test_a_damaged_cache_changes_the_tokens(name):
 def test_every_layer_that_attends_to_everything_is_replaced_and_no_other():
     kinds = {
         name: [type(layer).__name__ for layer in VattnCache(model_of(name).config, 64).layers]
-        for name in ("llama", "gemma3", "mistral-sliding", "t5")
+        for name in ("llama", "gemma3", "t5")
     }
     assert kinds == {
         "llama": ["VattnLayer"] * 3,
         "gemma3": ["DynamicSlidingWindowLayer", "VattnLayer", "DynamicSlidingWindowLayer"],
-        "mistral-sliding": ["DynamicSlidingWindowLayer"] * 3,
         "t5": ["VattnLayer"] * 2,
     }

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from vattn.transformers import cache_argument
+
 # Untyped on purpose: transformers resolves its names at run time, which type checkers cannot follow.
 transformers: Any = importlib.import_module("transformers")
 
@@ -183,7 +185,7 @@ def generate(model: Any, prompt: torch.Tensor, cache: Any, new_tokens: int, **op
     tokens: torch.Tensor = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         # Sampled, not greedy: random weights would soon repeat two tokens, and a comparison of those shows little.

@@ -2,17 +2,18 @@
 
     import vattn.transformers
 
-    cache = vattn.transformers.VattnCache(model.config, max_seq_len=32_768)
-    model.generate(**inputs, past_key_values=cache)
+    cache = vattn.transformers.VattnCache(model.config)
+    model.generate(**inputs, cache=cache)         # before transformers 5.24: past_key_values=cache
 
 What it promises: with `VattnCache` a model produces the tokens that it produces with `DynamicCache`, while a new token
 is written where it belongs instead of copying every earlier one, and memory follows what is in use instead of a length
 chosen up front. Importing this module also registers `attn_implementation="vattn"` (see `attention.py`); it works with
 any cache.
 
-Files, bottom up: `group.py` (one KVCache behind the layers of one shape), `layer.py` (a model layer's share of it),
-`cache.py` (`VattnCache`), `encoder_decoder.py` (the same for encoder-decoder models), `attention.py` (the attention
-function).
+Files, bottom up: `lease.py` (where rows get their slots), `group.py` (the layers of one shape, which grow together),
+`layer.py` (a model layer's share of it), `memory.py` (the groups of one cache), `cache_pool.py` (many conversations on
+one KVCache), `cache.py` (`VattnCache`), `encoder_decoder.py` (the same for encoder-decoder models), `attention.py` (the
+attention function); `model_length.py` and `keyword.py` know what models and releases call things.
 
 Thread: as any transformers cache, one thread at a time a cache; different caches are independent.
 """
@@ -35,8 +36,10 @@ if not (5, 17) <= _version < (6, 0):
 # Only now: these modules need the releases checked above, hence E402.
 from vattn.transformers.attention import register as _register  # noqa: E402
 from vattn.transformers.cache import VattnCache  # noqa: E402
+from vattn.transformers.cache_pool import VattnCachePool  # noqa: E402
+from vattn.transformers.keyword import cache_argument  # noqa: E402
 from vattn.transformers.layer import VattnLayer  # noqa: E402
 
 _register()
 
-__all__ = ["VattnCache", "VattnLayer"]
+__all__ = ["VattnCache", "VattnCachePool", "VattnLayer", "cache_argument"]

@@ -18,7 +18,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from vattn.transformers.cache import VattnCache, reset_layers
+from vattn.transformers.cache import VattnCache
+from vattn.transformers.other_layers import close_layers, reset_layers
 
 
 class _DecoderCache(VattnCache):
@@ -28,24 +29,38 @@ class _DecoderCache(VattnCache):
 class EncoderDecoderVattnCache(VattnCache, EncoderDecoderCache):
     """Both a VattnCache and an EncoderDecoderCache, with its `self_attention_cache` and `cross_attention_cache`."""
 
-    def __init__(self, config: PreTrainedConfig, max_seq_len: int, max_batch_size: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_seq_len: int | None = None,
+        max_batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
         decoder = _DecoderCache(config, max_seq_len, max_batch_size, **options)
         EncoderDecoderCache.__init__(self, decoder, DynamicCache(config=config))
         # The same layers under both names, so that what asks it for plain tokens, as an outer EncoderDecoderCache does,
         # gets them.
         Cache.__init__(self, layers=decoder.layers)
-        self._memory = decoder._memory
+        self._memory, self._has_states = decoder._memory, decoder._has_states
+
+    # Both halves: the decoder's first, since it is the one that may refuse.
+    crop = EncoderDecoderCache.crop
+    reorder_cache = EncoderDecoderCache.reorder_cache  # type: ignore[assignment]
+    batch_repeat_interleave = EncoderDecoderCache.batch_repeat_interleave
+    batch_select_indices = EncoderDecoderCache.batch_select_indices
 
     def __iter__(self) -> Iterator[Any]:
         yield from EncoderDecoderCache.__iter__(self)  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget both halves; the next batch may have another size."""
+        self._memory.steps.reset()
         reset_layers(self.layers)
         reset_layers(self.cross_attention_cache.layers)
         self.is_updated = dict.fromkeys(self.is_updated, False)
 
     def close(self) -> None:
-        """As VattnCache.close; the encoder's half is emptied too."""
+        """As VattnCache.close; the encoder's half is emptied too, and takes no more tokens."""
         self.reset()
         super().close()
+        close_layers(self.cross_attention_cache.layers)

@@ -1,8 +1,8 @@
 """One vattn.KVCache behind all layers of one shape.
 
 What it is: a model's layers grow together, so the first layer that meets a new token grows the memory of all of them in
-one `step`, and the others find it there. The rows of a batch are the cache's slots, row i in slot i, for as long as the
-group lives.
+one `step`, and the others find it there. The rows of a batch are neighbouring slots of the KVCache, row i in slot i of
+the group's lease; a batch of more rows than the lease has moves to a larger one.
 
 What it promises: `make_room` either has room for every layer or raises and changes nothing; `trim` gives back what no
 layer holds any more; `fork` makes an independent copy.
@@ -13,76 +13,50 @@ Thread: one at a time, as the transformers cache it belongs to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import vattn
-from vattn._arguments import to_device_name, to_dtype_name
+from vattn.transformers.lease import Lease, Limits, OwnMemory, Shape, Source, restore_limit
 
 if TYPE_CHECKING:
     from vattn.transformers.layer import VattnLayer
 
-
-class Shape(NamedTuple):
-    """What layers must have in common to share a KVCache."""
-
-    heads: int
-    k_dim: int
-    v_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Shape:
-        """The shape of a layer with these (rows, heads, tokens, dim) tensors; ValueError where no KVCache fits."""
-        shape = cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-        beside = (values.shape[1], values.dtype, values.device)
-        if beside != (shape.heads, shape.dtype, shape.device) or 0 in (shape.heads, shape.k_dim, shape.v_dim):
-            raise ValueError(
-                f"keys are {tuple(keys.shape)} {keys.dtype} on {keys.device} and values {tuple(values.shape)} "
-                f"{values.dtype} on {values.device}; VattnCache needs the same heads, dtype and device in both, and at "
-                "least one head and dim: use DynamicCache for this model"
-            )
-        return shape
-
-
-class Limits(NamedTuple):
-    """What the user asked of the cache: tokens a row, rows, and KVCache's own keyword options."""
-
-    max_seq_len: int
-    max_batch_size: int
-    options: dict[str, Any]
+__all__ = ["LayerGroup", "Limits", "OwnMemory", "Shape", "Source"]
 
 
 class LayerGroup:
-    """The KVCache of `layers` layers of one shape. `rows` and `length` are what is committed for each of them.
+    """The slots of `count` layers of one shape. `rows` and `length` are what is committed for each of them.
 
-    `adopt` names the layers that live in it; until then it belongs to nobody.
+    `adopt` names the layers that live in it; until then it belongs to nobody. `first_rows` and `first_length`: of the
+    batch that comes first.
     """
 
-    def __init__(self, layers: int, shape: Shape, limits: Limits) -> None:
+    def __init__(self, count: int, shape: Shape, source: Source, first_rows: int = 1, first_length: int = 0) -> None:
+        self.count = count
         self.shape = shape
-        self.limits = limits
+        self.source = source
         self.layers: list[VattnLayer] = []
         self.rows = 0
         self.length = 0
-        options: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
-        if shape.device.type == "cpu":
-            options["lookahead_tokens"] = 0  # mapping there costs a token little, and a thread would share its core
-        options |= limits.options
-        _check_kind(options["dtype"], options["device"], shape)
-        self.cache = vattn.KVCache(
-            layers,
-            shape.heads,
-            shape.k_dim,
-            v_head_dim=shape.v_dim,
-            max_batch_size=limits.max_batch_size,
-            max_seq_len=limits.max_seq_len,
-            **options,
-        )
-        # Every slot, once: a slot without tokens costs nothing, and the rows stay neighbours whatever the batch does.
-        self.slots = self.cache.alloc_block(limits.max_batch_size)
+        source.limits.check(first_rows, first_length)
+        self.lease = source.lease(count, shape, max(first_rows, 1), first_length)
+
+    @property
+    def cache(self) -> vattn.KVCache:
+        """The KVCache it lives in, alone or with others."""
+        return self.lease.cache
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots it has in `cache`: rows 0, 1, ... of a batch."""
+        return self.lease.slots
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the tokens that its layers hold."""
+        return sum(layer.rows * layer.length for layer in self.layers) * self.shape.token_bytes
 
     def adopt(self, layers: Sequence[VattnLayer]) -> None:
         """Make this group the home of `layers`, in this order."""
@@ -92,27 +66,39 @@ class LayerGroup:
 
     def make_room(self, rows: int, length: int) -> None:
         """Memory for `length` tokens in `rows` rows of every layer, or an error that names the limit, and no change."""
-        limits = self.limits
-        if rows > limits.max_batch_size:
-            raise ValueError(
-                f"max_batch_size={limits.max_batch_size}, but the batch has {rows} rows (every beam and every returned "
-                f"sequence is one); make the cache with max_batch_size={rows} or more"
-            )
-        if length > limits.max_seq_len:
-            raise ValueError(
-                f"max_seq_len={limits.max_seq_len}, but {length} tokens are needed; make the cache with a larger "
-                "max_seq_len (it reserves addresses, not memory), or crop or reset this one"
-            )
+        self.source.limits.check(rows, length)
         rows, length = max(rows, self.rows), max(length, self.length)
         if length and (rows > self.rows or length > self.length):
-            self.cache.step(dict.fromkeys(self.slots[:rows], length))
+            if rows > len(self.slots):
+                self._widen(rows, length)
+            else:
+                self.lease.record_stream()
+                self.cache.step(dict.fromkeys(self.slots[:rows], length))
             self.rows, self.length = rows, length
+
+    def _widen(self, rows: int, length: int) -> None:
+        """Move to a lease of `rows` rows, with memory for `length` tokens: a copy of what the layers hold, once."""
+        old = self.lease
+        new = self.source.lease(self.count, self.shape, rows, length, old)
+        try:
+            new.record_stream()
+            new.cache.step(dict.fromkeys(new.slots, length))
+            with torch.no_grad():
+                for layer in self.layers:
+                    if layer.rows and layer.length:
+                        _copy(old, new, layer.index, layer.index, layer.rows, layer.length)
+        except BaseException:
+            new.close()
+            raise
+        self.lease = new
+        for layer in self.layers:
+            layer.refresh()
+        old.close()
+        restore_limit(new.cache, self.source.limits)
 
     def views(self, index: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer `index`'s keys and values, each (rows, heads, length, dim): views of exactly the tokens asked for."""
-        keys, values = self.cache.batch(index, self.slots[:rows], length)
-        assert values is not None  # no layer without values gets here: Shape.of
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        return _views(self.lease, index, rows, length)
 
     def reach(self, rows: int, length: int) -> int:
         """Tokens, `length` or more, that have memory in the first `rows` rows without another page."""
@@ -124,30 +110,49 @@ class LayerGroup:
         length = max(layer.length for layer in self.layers)
         rows = max(layer.rows for layer in self.layers) if length else 0
         if rows < self.rows or length < self.length:
-            for row, slot in enumerate(self.slots[: self.rows]):
-                self.cache.truncate(slot, length if row < rows else 0)
+            if not self.cache.is_closed:  # with its pool
+                for row, slot in enumerate(self.slots[: self.rows]):
+                    self.cache.truncate(slot, length if row < rows else 0)
             self.rows, self.length = rows, length
+            self.lease.keep(rows)
 
-    def fork(self, layers: Sequence[VattnLayer]) -> LayerGroup:
-        """A group of its own for copies of `layers`, which are members of this one, with their tokens. Not adopted
-        yet."""
-        twin = LayerGroup(len(layers), self.shape, self.limits)
-        twin.make_room(max(layer.rows for layer in layers), max(layer.length for layer in layers))
-        with torch.no_grad():
-            for index, layer in enumerate(layers):
-                if layer.rows and layer.length:
-                    old = self.views(layer.index, layer.rows, layer.length)
-                    for target, source in zip(twin.views(index, layer.rows, layer.length), old, strict=True):
-                        target.copy_(source)
+    def fork(self, layers: Sequence[VattnLayer], source: Source) -> LayerGroup:
+        """A group of its own, from `source`, for copies of `layers`, which are members of this one, with their tokens.
+        Not adopted yet."""
+        rows, length = max(layer.rows for layer in layers), max(layer.length for layer in layers)
+        twin = LayerGroup(len(layers), self.shape, source, rows, length)
+        try:
+            twin.make_room(rows, length)
+            with torch.no_grad():
+                for index, layer in enumerate(layers):
+                    if layer.rows and layer.length:
+                        _copy(self.lease, twin.lease, layer.index, index, layer.rows, layer.length)
+        except BaseException:
+            twin.close()
+            raise
         return twin
 
+    def close(self) -> None:
+        """Give everything back."""
+        self.lease.close()
 
-def _check_kind(dtype: Any, device: Any, shape: Shape) -> None:
-    """A dtype or device the user chose must be the model's: views of another kind would fail inside the model."""
-    if to_dtype_name(dtype) != to_dtype_name(shape.dtype):
-        raise ValueError(f"dtype={dtype}, but the model's keys are {shape.dtype}; leave dtype out to follow them")
-    if to_device_name(device) not in (to_device_name(shape.device), shape.device.type):
-        raise ValueError(
-            f"device={str(device)!r}, but the model's keys are on {str(shape.device)!r}; "
-            "leave device out to follow them"
-        )
+
+def _views(lease: Lease, index: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = lease.cache.batch(index, lease.slots[:rows], length)
+    assert values is not None  # no layer without values gets here: Shape.of
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _copy(old: Lease, new: Lease, source: int, target: int, rows: int, length: int) -> None:
+    """The tokens of layer `source` of `old` to layer `target` of `new`."""
+    for to, of in zip(_views(new, target, rows, length), _views(old, source, rows, length), strict=True):
+        to.copy_(of)
+
+
+def chosen(rows: int, indices: Any, device: torch.device) -> torch.Tensor:
+    """The rows that `indices` selects of `rows`: a tensor, a mask, a list or a slice. ValueError for none."""
+    # Through arange, so that a mask, a list or a slice is a list of rows too, and what it selects is a copy.
+    selected = torch.arange(rows, device=device)[indices]
+    if selected.numel() == 0:
+        raise ValueError(f"indices={indices!r} keeps no row; reset() the cache to forget them all")
+    return selected

@@ -18,37 +18,68 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from vattn.transformers.group import LayerGroup, Shape
+from vattn.transformers.assignment import Half, apart, assign
+from vattn.transformers.group import LayerGroup, chosen
 
 if TYPE_CHECKING:
     from vattn.transformers.memory import CacheMemory
+    from vattn.transformers.steps import Step
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A full-attention layer whose keys and values live in a vattn.KVCache.
 
-    `keys` and `values` are views (rows, heads, tokens, dim) of what it holds, or None while it holds nothing.
+    `keys` and `values` are views (rows, heads, tokens, dim) of what it holds, or None while it holds nothing. Assigning
+    them edits the layer: see `assignment.py`.
     """
 
     # A compiled graph would need the whole buffer and a mask, and so read memory that is not committed.
     is_compileable = False
 
     def __init__(self, memory: CacheMemory) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.memory = memory
         self.group: LayerGroup | None = None
         self.index = 0
         self.rows = 0
         self.length = 0
+        self.step: Step | None = None  # in which it moved last, and what it held before
+        self.before = (0, 0)
+        self._dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)  # of the keys and values given
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self._graph: Pair | None = None  # what is held, with its history, where some of it takes part in autograd
+        self._half: Half | None = None
         self._room: tuple[torch.Tensor, ...] = ()
         self._room_rows = 0
         self._room_length = 0
+        super().__init__()  # type: ignore[no-untyped-call]
         memory.layers.append(self)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys held, (rows, heads, tokens, dim), or None. Assign new ones to edit or prune the layer."""
+        return self._keys if self._half is None else self._half.seen("keys", self._keys)
+
+    @keys.setter
+    def keys(self, tensor: torch.Tensor | None) -> None:
+        assign(self, "keys", tensor)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values held, (rows, heads, tokens, dim), or None. Assign new ones to edit or prune the layer."""
+        return self._values if self._half is None else self._half.seen("values", self._values)
+
+    @values.setter
+    def values(self, tensor: torch.Tensor | None) -> None:
+        assign(self, "values", tensor)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take a place in memory for tensors like these, (rows, heads, tokens, dim); they may have no tokens."""
         self.memory.bind(self, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
+        self._dtypes = (key_states.dtype, value_states.dtype)
         self.is_initialized = True
 
     def update(
@@ -56,46 +87,85 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add tokens, (rows, heads, n, dim), and return views of all of them, (rows, heads, tokens, dim).
 
-        The views are valid until the cache is cropped, reset, reordered or closed. Under autograd gradients reach the
-        tokens of this call; earlier ones are read as constants.
+        The views are valid until the cache is cropped, reset, reordered or closed. Where tokens take part in autograd
+        the tensors are copies with their whole history, as DynamicCache's are, and gradients reach every token.
 
-        Raises ValueError for a batch over `max_batch_size`, a length over `max_seq_len`, or tensors that do not fit
-        what the layer holds; vattn.OutOfMemoryError when the memory cannot be had; vattn.ClosedError after `close`.
+        A refusal puts all layers of the cache back to where they were when the step began. Raises ValueError for a
+        batch over `max_batch_size`, a length over `max_seq_len`, or tensors that do not fit what the layer holds;
+        vattn.OutOfMemoryError when the memory cannot be had; vattn.ClosedError after `close`.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        group = self.group
-        assert group is not None
-        rows, _, count, _ = key_states.shape
-        start = self.length
-        length = start + count
-        heads, k_dim, v_dim, dtype, device = group.shape
-        if not (
-            key_states.shape == (rows, heads, count, k_dim)
-            and value_states.shape == (rows, heads, count, v_dim)
-            and key_states.dtype == dtype == value_states.dtype
-            and key_states.device == device == value_states.device
-            and (rows == self.rows or start == 0)
-        ):
-            self._refuse(group.shape, key_states, value_states)  # copy_ would convert or broadcast in silence
-        if rows > group.rows or length > group.length:
-            group.make_room(rows, length)
+        steps = self.memory.steps
+        try:
+            rows, _, count, _ = key_states.shape
+            step = steps.current
+            if step is None or self.step is step:
+                step = steps.begin(rows, count)
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            group = self.group
+            assert group is not None
+            start = self.length
+            length = start + count
+            heads, k_dim, v_dim, _, device = group.shape
+            if not (
+                key_states.shape == (rows, heads, count, k_dim)
+                and value_states.shape == (rows, heads, count, v_dim)
+                and (key_states.dtype, value_states.dtype) == self._dtypes
+                and key_states.device == device == value_states.device
+                and (rows == self.rows or start == 0)
+                and self._half is None
+            ):
+                self.refuse(_described(key_states, value_states))  # copy_ would convert or broadcast in silence
+            if rows > group.rows or length > group.length:
+                group.make_room(rows, length)
+            keys, values = self._write(key_states, value_states, rows, start, length)
+        except BaseException:
+            steps.put_back()
+            self.is_initialized = self.is_initialized and self.length > 0  # tokens of another shape may come
+            raise
+        self.step, self.before = step, (self.rows, start)
+        self.rows, self.length = rows, length
+        self._keys, self._values = keys, values
+        return keys, values
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int, start: int, length: int) -> Pair:
+        """Put the tokens `start` to `length` in their place; what the layer holds with them, without holding it yet."""
         if torch.is_grad_enabled():
+            assert self.group is not None
             # Views of nothing else, so that a graph that keeps them is not disturbed by the tokens that follow.
-            keys, values = group.views(self.index, rows, length)
+            keys, values = self.group.views(self.index, rows, length)
+            if key_states.requires_grad or value_states.requires_grad or self._graph is not None:
+                self._graph, held = self._joined(key_states, value_states, start), (keys, values)
+                with torch.no_grad():
+                    held[0].narrow(2, start, length - start).copy_(key_states)
+                    held[1].narrow(2, start, length - start).copy_(value_states)
+                return self._graph
         else:
             if rows != self._room_rows or length > self._room_length:
                 self._open_room(rows, length)
             key_room, value_room = self._room
             keys, values = key_room.narrow(2, 0, length), value_room.narrow(2, 0, length)
-        keys.narrow(2, start, count).copy_(key_states)
-        values.narrow(2, start, count).copy_(value_states)
-        self.rows, self.length = rows, length
-        if keys.requires_grad or values.requires_grad:
-            self.keys, self.values = keys.detach(), values.detach()  # what is kept must not keep a graph alive
-        else:
-            self.keys, self.values = keys, values
+            self._graph = None  # as torch.cat without a graph
+        keys.narrow(2, start, length - start).copy_(key_states)
+        values.narrow(2, start, length - start).copy_(value_states)
         return keys, values
+
+    def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int) -> Pair:
+        """All keys and all values as DynamicCache has them: copies that carry the history of every token."""
+        if start == 0:
+            return key_states.clone(), value_states.clone()
+        assert self._keys is not None
+        assert self._values is not None
+        return torch.cat((self._keys, key_states), 2), torch.cat((self._values, value_states), 2)
+
+    def put_back(self) -> None:
+        """Hold what was held before the step."""
+        self.rows, self.length = self.before
+        self.step = None
+        if self._graph is not None:
+            keys, values = self._graph
+            self._graph = (keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length))
+        self.refresh()
 
     def _open_room(self, rows: int, length: int) -> None:
         """Views that reach to the end of the last page, to be narrowed token by token: far cheaper than new ones."""
@@ -110,11 +180,16 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._room = ()
         self._room_rows = self._room_length = 0
 
-    def _refuse(self, shape: Shape, keys: torch.Tensor, values: torch.Tensor) -> NoReturn:
+    def refuse(self, what: str) -> NoReturn:
+        """ValueError: `what` does not fit the layer as it is."""
+        if self._half is not None:
+            raise ValueError(self._half.complaint(self._keys, self._values))
+        held = ""
+        if self.group is not None:
+            shape = self.group.shape
+            held = f", {shape.heads} heads of {shape.k_dim} and {shape.v_dim}, {shape.dtype} on {shape.device}"
         raise ValueError(
-            f"key_states {tuple(keys.shape)} {keys.dtype} on {keys.device} and value_states {tuple(values.shape)} "
-            f"{values.dtype} on {values.device} do not fit a layer that holds {self.length} tokens in {self.rows} "
-            f"rows, {shape.heads} heads of {shape.k_dim} and {shape.v_dim}, {shape.dtype} on {shape.device}; "
+            f"{what} do not fit a layer that holds {self.length} tokens in {self.rows} rows{held}; "
             "reset() the cache before another batch"
         )
 
@@ -139,16 +214,20 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}; give a negative number of tokens to remove, or zero"
             )
+        self.settle()
         if count and self.length:
             self.length = max(self.length - count, 0)
+            if self._graph is not None:
+                keys, values = self._graph
+                self._graph = (keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length))
             self.refresh()
-            self._trim()
+            self.trim()
 
     def reset(self) -> None:
         """Forget everything; the next tokens may come in another batch size."""
         self.forget()
         self.is_initialized = False
-        self._trim()
+        self.trim()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
@@ -160,19 +239,21 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Row i becomes what row `indices[i]` was; there may be more or fewer of them than rows."""
-        if self.group is None or self.keys is None or self.values is None:
+        self.settle()
+        if self.group is None or self._keys is None or self._values is None:
             return
-        # Through arange, so that a mask, a list or a slice is a list of rows too, and what it selects is a copy.
-        rows = torch.arange(self.rows, device=self.keys.device)[indices]
-        if rows.numel() == 0:
-            raise ValueError(f"indices={indices!r} keeps no row; reset() the cache to forget them all")
+        rows = chosen(self.rows, indices, self._keys.device)
+        graph = None if self._graph is None else tuple(tensor.index_select(0, rows) for tensor in self._graph)
         with torch.no_grad():
-            keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            keys, values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
             self.group.make_room(rows.numel(), self.length)
-            self.rows = rows.numel()
+            self.rows, self._graph = rows.numel(), None
             for target, source in zip(self.refresh(), (keys, values), strict=True):
                 target.copy_(source)
-        self._trim()
+        if graph is not None:
+            self._graph = (graph[0], graph[1])
+            self.refresh()
+        self.trim()
 
     def offload(self) -> NoReturn:
         """Not offered: the addresses of the cache stay, so there is nothing to move."""
@@ -181,29 +262,64 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     prefetch = offload
 
     def refresh(self) -> tuple[torch.Tensor, ...]:
-        """Make `keys` and `values` what the layer holds now, and return them; nothing while it holds nothing."""
+        """Make `keys` and `values` what the layer holds now, and return views of them; nothing while it holds
+        nothing."""
         self._close_room()
-        self.keys = self.values = None
+        self._keys = self._values = None
+        if self._graph is not None and not (self.length and any(tensor.requires_grad for tensor in self._graph)):
+            self._graph = None
         if self.group is None or not self.length:
             return ()
-        self.keys, self.values = views = self.group.views(self.index, self.rows, self.length)
+        views = self.group.views(self.index, self.rows, self.length)
+        self._keys, self._values = views if self._graph is None else self._graph
         return views
+
+    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold these tensors, (rows, heads, tokens, dim), that fit the layer, in place of what it holds."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        assert self.group is not None
+        rows, _, length, _ = keys.shape
+        graph = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        with torch.no_grad():
+            old = (self._keys, self._values)
+            given = [apart(tensor, held) for tensor, held in zip((keys, values), old, strict=True)]
+            self.group.make_room(rows, length)
+            self.rows, self.length, self._graph = rows, length, None
+            for target, source in zip(self.refresh(), given, strict=True):
+                if source is not None:
+                    target.copy_(source)
+        if graph:
+            self._graph = (keys.clone(), values.clone())
+            self.refresh()
+        self.trim()
+
+    def settle(self) -> None:
+        """ValueError while only one of `keys` and `values` was assigned."""
+        if self._half is not None:
+            raise ValueError(self._half.complaint(self._keys, self._values))
 
     def forget(self) -> None:
         """Hold nothing, without giving memory back yet."""
         self._close_room()
-        self.keys = self.values = None
+        self._keys = self._values = self._graph = self._half = None
         self.rows = self.length = 0
 
     def twin(self, memory: CacheMemory) -> VattnLayer:
         """The same layer for a copy of the cache, without a group yet."""
-        twin = type(self)(memory)
+        return self.twin_of(VattnLayer(memory), {})
+
+    def twin_of(self, twin: VattnLayer, beside: dict[str, Any]) -> VattnLayer:
+        """`twin`, a new layer of a copy of the cache, made like this one, with copies of the attributes `beside`."""
+        self.settle()
+        vars(twin).update(copy.deepcopy(beside))
         twin.rows, twin.length, twin.is_initialized = self.rows, self.length, self.is_initialized
+        twin._graph, twin._dtypes = self._graph, self._dtypes
         if self.is_initialized:
             twin.dtype, twin.device = self.dtype, self.device
         return twin
 
-    def _trim(self) -> None:
+    def trim(self) -> None:
         if self.group is not None:
             self.group.trim()
 
@@ -216,3 +332,10 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         raise TypeError(
             "cannot pickle a VattnLayer: its memory belongs to this process; save clones of .keys and .values"
         )
+
+
+def _described(keys: torch.Tensor, values: torch.Tensor) -> str:
+    return (
+        f"key_states {tuple(keys.shape)} {keys.dtype} on {keys.device} and value_states {tuple(values.shape)} "
+        f"{values.dtype} on {values.device}"
+    )

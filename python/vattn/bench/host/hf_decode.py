@@ -121,12 +121,14 @@ def decode(model: Any, cache: Any, attention: str) -> Callable[[], None]:
     """What one token is, timed."""
     import torch
 
+    from vattn.transformers import cache_argument
+
     token = torch.ones(1, 1, dtype=torch.long)
 
     def step() -> None:
         model.set_attn_implementation(attention)
         with torch.inference_mode():
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, **cache_argument(cache), use_cache=True)
 
     return step
 
