@@ -14,6 +14,7 @@ import transformers
 
 import vattn.attention
 from hf_models import DECODERS, MODELS, NEW, PAD, cache_argument, dynamic_cache, generate, model_of, prompt, vattn_cache
+from vattn.transformers.attention import attention_forward
 
 TOLERANCE = 1e-4
 
@@ -209,45 +210,171 @@ def test_a_prompt_needs_no_mask(calls):
     assert calls == [((2, 4, 17, 8), (2, 2, 17, 8), False)] * 3
 
 
+# ---------------------------------------------------------------- sinks and soft caps
+
+_TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "initializer_range": 0.4,
+    "pad_token_id": PAD,
+    "eos_token_id": None,
+}
+
+
+def scored(name, attention):
+    """A model whose attention has a soft cap or sinks, in a sliding and a full layer; the same weights for each
+    attention."""
+    if name == "gemma2":  # scores go well past the cap
+        config = transformers.Gemma2Config(**_TINY, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    else:
+        config = transformers.GptOssConfig(**_TINY, num_local_experts=2, num_experts_per_tok=1)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("sinks"):
+                parameter.normal_(0, 2)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
+    return model
+
+
+SCORED = ["gemma2", "gpt_oss"]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 5}], ids=["prompt", "chunks"])
+@pytest.mark.parametrize("name", SCORED)
+def test_sinks_and_soft_caps_are_those_of_eager(name, options, padded):
+    ids = prompt(rows=3)
+    if padded:
+        ids[0, :5], ids[2, :11] = PAD, PAD
+        options = {**options, "attention_mask": (ids != PAD).long()}
+    expected = logits_of(scored(name, "eager"), ids, **options)
+    model = scored(name, "vattn")
+    for kind, cache in caches(model, 3):
+        assert (logits_of(model, ids, cache, **options) - expected).abs().max() < TOLERANCE, kind
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_sinks_and_soft_caps_matter_here(name, monkeypatch):
+    # Else the tests above would pass without them.
+    ids = prompt(rows=2)
+    expected = logits_of(scored(name, "eager"), ids)
+    plain = lambda *args, softcap=None, s_aux=None, **kwargs: attention_forward(*args, **kwargs)  # noqa: E731
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "vattn", plain)
+    assert (logits_of(scored(name, "vattn"), ids) - expected).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_sinks_and_soft_caps_in_bfloat16_are_as_close_as_those_of_eager(name):
+    ids = prompt(rows=2)
+    exact = logits_of(scored(name, "eager"), ids, max_new_tokens=1)
+    errors = {}
+    for kind in ("eager", "vattn"):
+        model = scored(name, kind).to(torch.bfloat16)
+        errors[kind] = (logits_of(model, ids, vattn_cache(model, 2), max_new_tokens=1) - exact).abs().mean()
+    assert errors["vattn"] <= 1.5 * errors["eager"]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_gradients_through_sinks_and_soft_caps_are_those_of_eager(name):
+    gradients = []
+    for kind in ("eager", "vattn"):
+        model = scored(name, kind)
+        model(prompt(rows=2), use_cache=False).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-3) for a, b in zip(*gradients, strict=True))
+
+
+def test_sinks_of_another_shape_are_refused():
+    query = torch.randn(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=r"sinks of shape \(4,\) or \(1, 4, 3, 1\), got \(2,\)"):
+        attention_forward(torch.nn.Module(), query, query, query, None, s_aux=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"s_aux or sinks, not both"):
+        attention_forward(torch.nn.Module(), query, query, query, None, s_aux=torch.zeros(4), sinks=torch.zeros(4))
+
+
+# ---------------------------------------------------------------- masks
+
+
+def packed_prompts():
+    """Three prompts in one row, their positions, and where they begin."""
+    ids, lengths = prompt(length=15), [4, 6, 5]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return ids, positions, torch.tensor([0, 4, 10, 15], dtype=torch.int32), ids.split(lengths, dim=1)
+
+
+def each_alone(model, prompts):
+    return torch.cat([model(ids, use_cache=False).logits for ids in prompts], dim=1)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3"])
+def test_packed_sequences_do_not_see_each_other(name):
+    ids, positions, starts, prompts = packed_prompts()
+    model = model_of(name, "vattn")
+    with torch.no_grad():
+        expected = each_alone(model, prompts)
+        got = model(ids, position_ids=positions, use_cache=False).logits
+        assert (got - expected).abs().max() < TOLERANCE
+        # transformers takes positions for packed only without a cache and a mask; where sequences begin is enough.
+        starts = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 6, "max_length_k": 6}
+        for options in ({"use_cache": False}, {"use_cache": True}, {"attention_mask": torch.ones_like(ids)}):
+            got = model(ids, position_ids=positions, **starts, **options).logits
+            assert (got - expected).abs().max() < TOLERANCE, options
+
+
+def test_packed_sequences_that_do_not_fit_the_tokens_are_refused():
+    ids, positions, starts, _ = packed_prompts()
+    model = model_of("llama", "vattn")
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q ends at 15.*for 1 rows of 12 queries and 12 keys"):
+        model(ids[:, :12], position_ids=positions[:, :12], cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+
+
+def test_a_window_without_a_mask_is_refused():
+    query = torch.randn(1, 4, 9, 8)
+    attention_forward(torch.nn.Module(), query, query, query, None, sliding_window=9)
+    with pytest.raises(ValueError, match=r"sliding_window=8 for 9 keys and no mask"):
+        attention_forward(torch.nn.Module(), query, query, query, None, sliding_window=8)
+
+
+def test_without_a_mask_the_queries_are_the_newest_tokens():
+    # Gemma 4 drops queries in layers that share keys, and relies on a mask where there is more than one left.
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 7, 8)
+    mask = torch.ones(3, 7, dtype=torch.bool).tril(4)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask, enable_gqa=True)
+    got, _ = attention_forward(torch.nn.Module(), query, key, key, None)
+    assert torch.allclose(got.transpose(1, 2), expected, atol=1e-6)
+
+
+def gemma4(attention):
+    config = transformers.Gemma4TextConfig(
+        **{**_TINY, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+        num_global_key_value_heads=2,
+        global_head_dim=8,
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def test_a_model_that_drops_queries_on_its_way_sees_all_it_should():
+    ids = prompt(rows=2, length=8)
+    with torch.no_grad():
+        expected = gemma4("eager")(ids, logits_to_keep=3).logits
+        assert (gemma4("vattn")(ids, logits_to_keep=3).logits - expected).abs().max() < TOLERANCE
+
+
 # ---------------------------------------------------------------- refusals
-
-
-def gemma2(**options):
-    config = transformers.Gemma2Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        attn_implementation="vattn",
-        **options,
-    )
-    return transformers.Gemma2ForCausalLM(config).eval()
-
-
-def test_a_soft_cap_is_refused():
-    with pytest.raises(ValueError, match=r'attn_implementation="vattn" does not support softcap.*eager'):
-        gemma2()(prompt(length=3) % 32)
-    gemma2(attn_logit_softcapping=None)(prompt(length=3) % 32)
-
-
-def test_attention_sinks_are_refused():
-    config = transformers.GptOssConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        attn_implementation="vattn",
-    )
-    with pytest.raises(ValueError, match=r"does not support s_aux"):
-        transformers.GptOssForCausalLM(config).eval()(prompt(length=3) % 32)
 
 
 def test_returning_the_weights_is_refused():

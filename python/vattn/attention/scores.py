@@ -1,4 +1,4 @@
-"""Attention whose scores are touched before the softmax: soft caps, sinks and biases, which torch's kernels do not take.
+"""Attention whose scores are touched before the softmax: soft caps, sinks and biases, which torch's kernels lack.
 
 What it is: `attend_scores`, plain torch operations over blocks of queries, right for every combination, with gradients
 and dropout; and `attend_sinks`, torch's flash kernel of the CPU, whose log-sum-exp turns its output into the one with
@@ -7,8 +7,8 @@ sinks.
 What it promises: the scores of a prompt are never whole in memory, only BLOCK_BYTES of them at a time; no key or value
 is copied or repeated for grouped queries; a query that may look nowhere gives finite numbers.
 
-A soft cap replaces a score s by cap * tanh(s / cap). A sink is one more column of the softmax, of a learned score and no
-value: the weights of the keys sum to less than one.
+A soft cap replaces a score s by cap * tanh(s / cap). A sink is one more column of the softmax, of a learned score and
+no value: the weights of the keys sum to less than one.
 
 Thread: any, as long as nobody writes to the tokens that are being read.
 
@@ -124,12 +124,13 @@ def attend_sinks(
     if folded:
         out, lse = out.reshape(rows, heads, 1, -1), lse.reshape(rows, heads, 1)
     sink = sink.view(1, heads, 1) if sink.dim() == 1 else sink[..., 0]
-    return out * (lse - sink.to(lse.dtype)).sigmoid().unsqueeze(-1).to(out.dtype)
+    scaled: torch.Tensor = out * (lse - sink.to(lse.dtype)).sigmoid().unsqueeze(-1).to(out.dtype)
+    return scaled
 
 
 def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, (rows, heads, ., .) each. torch makes one batch of rows and heads, and copies `right` where they are
-    not equally spaced, as in token-major views: then it is one product a row."""
+    """left @ right, (rows, heads, ., .) each. torch makes one batch of rows and heads, and copies `right` where they
+    are not equally spaced, as in token-major views: then it is one product a row."""
     rows, heads = right.shape[:2]
     if rows == 1 or heads == 1 or right.stride(0) == heads * right.stride(1):
         return left @ right

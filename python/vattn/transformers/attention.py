@@ -76,15 +76,25 @@ def attention_forward(
     causal = causal and attention_mask is None
     sink = _one_of(s_aux, sinks, query)
     if sink is not None or softcap is not None:
-        options = {"mask": attention_mask, "causal": causal, "scale": scaling}
-        if softcap is None and position_bias is None and not dropout and can_attend_sinks(query, key, value):
-            out = attend_sinks(query, key, value, sink, **options)
+        plain = softcap is not None or position_bias is not None or dropout or not can_attend_sinks(query, key, value)
+        if sink is None or plain:
+            out = attend_scores(
+                query,
+                key,
+                value,
+                mask=attention_mask,
+                causal=causal,
+                scale=scaling,
+                softcap=softcap,
+                sink=sink,
+                bias=position_bias,
+                dropout=dropout,
+            )
         else:
-            options |= {"softcap": softcap, "sink": sink, "bias": position_bias, "dropout": dropout}
-            out = attend_scores(query, key, value, **options)
+            out = attend_sinks(query, key, value, sink, mask=attention_mask, causal=causal, scale=scaling)
     elif position_bias is not None or dropout or (query.device.type != "cpu" and n > 1):
         # Nothing to gain over transformers' own call.
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module,
             query,
             key,

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 def attention_mask(
-    batch_size: int, q_length: int, kv_length: int, *args: Any, allow_is_causal_skip: bool = True, **kwargs: Any
+    batch_size: int, q_length: int, kv_length: int, *, allow_is_causal_skip: bool = True, **kwargs: Any
 ) -> torch.Tensor | None:
     """The mask of transformers' "sdpa", (rows, 1, n, tokens), True where to look, or None where none is needed.
 
@@ -32,7 +32,7 @@ def attention_mask(
     if q_length > 1 and q_length != kv_length:
         allow_is_causal_skip = False
     mask: torch.Tensor | None = sdpa_mask(
-        batch_size, q_length, kv_length, *args, allow_is_causal_skip=allow_is_causal_skip, **kwargs
+        batch_size, q_length, kv_length, allow_is_causal_skip=allow_is_causal_skip, **kwargs
     )
     if mask is not None and mask.device.type == "cpu" and mask.shape[1:3] == (1, 1):
         spans = _spans(mask[:, 0, 0])

@@ -1,10 +1,10 @@
 """Which models may use `attn_implementation="vattn"`: those whose attention is looked up by that name and wants no more
 than it gives.
 
-What it is: a check, made where a model is built, loaded or switched, and the two methods of transformers that are wrapped
-to make it. transformers has no hook there: it takes every registered name for every model, and a model whose attention
-is of the old kind fails at its first forward pass, or runs and never calls it. The wrappers do nothing for any other
-name.
+What it is: a check, made where a model is built, loaded or switched, and the two methods of transformers that are
+wrapped to make it. transformers has no hook there: it takes every registered name for every model, and a model whose
+attention is of the old kind fails at its first forward pass, or runs and never calls it. The wrappers do nothing for
+any other name.
 
 What it promises: a model that would not call the vattn attention, or would want another mask than that of "sdpa", is a
 ValueError that names its class, before any of its weights are made or its configuration is changed.
@@ -22,16 +22,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-#: Model types without "sdpa", all for their sinks or soft caps, whose masks are handed to the attention function as they
-#: are made. Others may do sums with masks that only "eager" makes, as DeepSeek V4 does. The run behind docs/families.md
-#: compares those it can build with "eager".
+#: Model types without "sdpa", all for their sinks or soft caps, whose masks are handed to the attention function as
+#: they are made. Others may do sums with masks that only "eager" makes, as DeepSeek V4 does. The run behind
+#: docs/families.md compares them with "eager".
 WITHOUT_SDPA = (
     "flint",
     "gemma2",
     "gpt_oss",
     "granite_swa",
     "granitemoe_swa",
-    "hy_v4",
     "inkling2_text",
     "inkling2_loop_text",
     "mimo_v2_flash",
@@ -54,8 +53,8 @@ def refusal(model: PreTrainedModel, name: str) -> str:
         )
     if _looks_up(kind) and not kind._supports_sdpa and model.config.model_type not in WITHOUT_SDPA:
         return (
-            f'attn_implementation="{name}": {kind.__name__} does not offer "sdpa", so its attention may need masks that '
-            f'only "eager" makes; {ways}'
+            f'attn_implementation="{name}": {kind.__name__} does not offer "sdpa", so its attention may need masks '
+            f'that only "eager" makes; {ways}'
         )
     return ""
 
@@ -86,8 +85,8 @@ def watch(name: str) -> None:
         return switch(self, attn_implementation, *args, **kwargs)
 
     set_attn_implementation.vattn_watches = name  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
-    PreTrainedModel.set_attn_implementation = set_attn_implementation
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
+    PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
 
 
 def _raise(reason: str) -> None:
@@ -108,8 +107,8 @@ def _configs(config: PreTrainedConfig, asked: str | dict[str, Any], name: str) -
 
 
 def _looks_up(kind: type[PreTrainedModel]) -> bool:
-    """Whether the module that defines `kind` looks attention functions up. If it neither does nor has an attention of its
-    own, there is nothing to refuse: its parts are models, which are asked by themselves, or state-space layers."""
+    """Whether the module that defines `kind` looks attention functions up. If it neither does nor has an attention of
+    its own, there is nothing to refuse: its parts are models, which are asked by themselves, or state-space layers."""
     try:
         return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[kind.__module__])
     except (OSError, TypeError, KeyError):
