@@ -143,7 +143,7 @@ Address HostDriver::reserve(std::size_t size, UnmappedReads reads) {
   generation_.check("this host driver");
   const std::lock_guard lock(mutex_);
   table_.check_size("reserve", size);
-  wall_.check(extents_, 3);
+  wall_.check(extents_, 3, true);
   make_window(size);
   // On a 2 MiB boundary, in memory and in the file, so that the kernel may use huge pages. Without access at first: under
   // mlockall(MCL_FUTURE) the kernel would fill the page tables of all of it at once.

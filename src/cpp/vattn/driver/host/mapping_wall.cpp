@@ -7,6 +7,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <fstream>
 #include <string>
 
@@ -24,8 +25,10 @@ struct Shared {
   std::atomic<std::int64_t> own{0};
   std::atomic<std::int64_t> own_at_reading{0};
   std::atomic<std::int64_t> allowance{-1};  ///< growth that needs no new reading; none before the first
+  std::atomic<std::int64_t> good_until_ns{0};
   std::atomic<std::uint64_t> readings{0};
 };
+std::int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 Shared shared;  // NOLINT: the process has one wall
 
 }  // namespace
@@ -64,10 +67,13 @@ void MappingWall::settle(std::int64_t own) noexcept {
 
 std::uint64_t MappingWall::readings() noexcept { return shared.readings.load(std::memory_order_relaxed); }
 
-void MappingWall::check(std::int64_t own, std::int64_t more) {
+void MappingWall::check(std::int64_t own, std::int64_t more, bool reserving) {
   settle(own + more);  // as if they were made, so that what is counted is never too few
   const std::int64_t all = shared.own.load(std::memory_order_relaxed);
-  if (all - shared.own_at_reading.load(std::memory_order_relaxed) <= shared.allowance.load(std::memory_order_relaxed)) return;
+  const bool fits =
+      all - shared.own_at_reading.load(std::memory_order_relaxed) <= shared.allowance.load(std::memory_order_relaxed);
+  if (fits && !(reserving && now_ns() > shared.good_until_ns.load(std::memory_order_relaxed))) return;
+  const std::int64_t begun = now_ns();
   shared.readings.fetch_add(1, std::memory_order_relaxed);
   const auto used = static_cast<std::int64_t>(count_now());
   const std::int64_t left = static_cast<std::int64_t>(limit_) - kReserve - used;
@@ -77,6 +83,8 @@ void MappingWall::check(std::int64_t own, std::int64_t more) {
                                " are kept in reserve: use larger pages or the NHD layout, or raise vm.max_map_count",
                            0, 0, 0);
   }
+  const std::int64_t ended = now_ns();
+  shared.good_until_ns.store(ended + 20 * (ended - begun), std::memory_order_relaxed);
   // Never more than the reserve, so that mappings of others, unseen until the next reading, cannot bring the wall itself near.
   shared.own_at_reading.store(all, std::memory_order_relaxed);
   shared.allowance.store(std::max<std::int64_t>(std::min(left / 8, kReserve), 0), std::memory_order_relaxed);

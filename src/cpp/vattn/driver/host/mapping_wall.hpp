@@ -2,9 +2,10 @@
 //
 // At the wall even putting a page back fails, so the host driver stops 1,000 short of it. The whole process shares the wall,
 // and so its drivers share one count of their own mappings, an upper bound. /proc/self/maps is read again whenever that count
-// has grown by an eighth of what was left, or by as many as the reserve, so that other libraries cannot run into it unseen.
-// Reading it takes as long as the process has mappings, so a thousand drivers must not each read it for themselves. Thread:
-// check() and settle() as the driver that owns it locks; the shared count is atomic.
+// has grown by an eighth of what was left, or by as many as the reserve, so that other libraries cannot run into it unseen;
+// and for a reservation, when the last reading is twenty times as old as it took. Reading takes the longer the more mappings
+// there are, so a thousand drivers must not each do it for themselves.
+// Thread: check() and settle() as the driver that owns it locks; the shared count is atomic.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ class MappingWall {
   ~MappingWall() { settle(0); }
 
   /// Throws OutOfMemoryError when up to `more` new mappings do not fit under the wall. `own`: the driver's mappings now.
-  void check(std::int64_t own, std::int64_t more);
+  /// `reserving`: rare enough to look at the clock.
+  void check(std::int64_t own, std::int64_t more, bool reserving = false);
 
   /// What the driver has is exactly this. Counted as gone with the wall, whatever the driver could not give back.
   void settle(std::int64_t own) noexcept;
