@@ -40,8 +40,8 @@ nb::typed<nb::dict, nb::str, nb::any> probe_host() {
     traits = driver->traits();
   }
   nb::dict result;
-  result["available_bytes"] = memory.available_bytes;
-  result["total_bytes"] = memory.total_bytes;
+  result["available_bytes"] = memory.unknown == nullptr ? nb::cast(memory.available_bytes) : nb::none();
+  result["total_bytes"] = memory.unknown == nullptr ? nb::cast(memory.total_bytes) : nb::none();
   result["granularity"] = traits.granularity;
   result["default_page_size"] = traits.default_page_size;
   result["mapping_limit"] = traits.mapping_limit;

@@ -136,8 +136,13 @@ Address CudaDriver::reserve(std::size_t size, UnmappedReads reads) {
   const std::lock_guard lock(mutex_);
   const CurrentContext current(cuda(), context_);
   CUdeviceptr base = 0;
-  cuda().check(cuda()->cuMemAddressReserve(&base, size, traits_.granularity, 0, 0), "cuMemAddressReserve",
-               bytes(size) + " of addresses", size);
+  const CUresult result = cuda()->cuMemAddressReserve(&base, size, traits_.granularity, 0, 0);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+    throw OutOfMemoryError("cuMemAddressReserve failed: CUDA_ERROR_OUT_OF_MEMORY: the driver does not give " + bytes(size) +
+                               " of addresses. Addresses are short here, not memory: lower max_batch_size or max_seq_len",
+                           size, 0, 0);
+  }
+  cuda().check(result, "cuMemAddressReserve", bytes(size) + " of addresses", size);
   try {
     bases_.insert(base);
     table_.note_reserve(base, size, reads, 0);

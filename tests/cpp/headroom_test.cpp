@@ -74,5 +74,66 @@ TEST_F(HeadroomTest, WhatWouldGoIntoTheReserveIsRefusedNamingTheBound) {
   }
 }
 
+TEST_F(HeadroomTest, FilePagesInActiveUseCountAsFreeButForAReserve) {
+  write("/proc/self/cgroup", "0::/service\n");
+  write("/sys/fs/cgroup/service/memory.max", std::to_string(1024 * kMiB));
+  write("/sys/fs/cgroup/service/memory.current", std::to_string(900 * kMiB));
+  write("/sys/fs/cgroup/service/memory.stat", "anon 1\ninactive_file " + std::to_string(10 * kMiB) + "\nactive_file " +
+                                                  std::to_string(800 * kMiB) + "\nslab_reclaimable " +
+                                                  std::to_string(20 * kMiB) + "\n");
+  // In use for good: 900 - 10 - (800 - 64) - (20 - 10) = 144; and the reserve of a sixteenth.
+  EXPECT_EQ(Headroom(root_).read().available_bytes, (1024 - 144 - 64) * kMiB);
+}
+
+TEST_F(HeadroomTest, TheFirstVersionCountsTheGroupsBelowUnderNamesOfTheirOwn) {
+  write("/proc/self/cgroup", "5:memory:/job\n");
+  write("/sys/fs/cgroup/memory/job/memory.limit_in_bytes", std::to_string(1024 * kMiB));
+  write("/sys/fs/cgroup/memory/job/memory.usage_in_bytes", std::to_string(900 * kMiB));
+  write("/sys/fs/cgroup/memory/job/memory.stat", "inactive_file 0\nactive_file 0\ntotal_inactive_file " +
+                                                     std::to_string(100 * kMiB) + "\ntotal_active_file " +
+                                                     std::to_string(600 * kMiB) + "\n");
+  EXPECT_EQ(Headroom(root_).read().available_bytes, (1024 - (900 - 100 - 536) - 64) * kMiB);
+}
+
+TEST_F(HeadroomTest, PastMemoryHighAllocationsCrawlSoItIsABoundToo) {
+  write("/proc/self/cgroup", "0::/service\n");
+  write("/sys/fs/cgroup/service/memory.max", "max\n");
+  write("/sys/fs/cgroup/service/memory.high", std::to_string(512 * kMiB));
+  write("/sys/fs/cgroup/service/memory.current", std::to_string(100 * kMiB));
+  EXPECT_EQ(Headroom(root_).read().available_bytes, (512 - 100 - 32) * kMiB);
+  write("/sys/fs/cgroup/service/memory.max", std::to_string(256 * kMiB));
+  EXPECT_EQ(Headroom(root_).read().available_bytes, (256 - 100 - 16) * kMiB) << "the lower one holds";
+}
+
+TEST_F(HeadroomTest, ARefusalSaysHowMuchOfTheBoundIsFileCache) {
+  write("/proc/self/cgroup", "0::/small\n");
+  write("/sys/fs/cgroup/small/memory.high", std::to_string(200 * kMiB));
+  write("/sys/fs/cgroup/small/memory.max", "max\n");
+  write("/sys/fs/cgroup/small/memory.current", std::to_string(150 * kMiB));
+  write("/sys/fs/cgroup/small/memory.stat", "active_file " + std::to_string(30 * kMiB) + "\n");
+  try {
+    Headroom(root_).take(128 * kMiB);
+    FAIL() << "the kernel would crawl here";
+  } catch (const OutOfMemoryError& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("small/memory.high, " + std::to_string(200 * kMiB) + " bytes"), std::string::npos) << text;
+    EXPECT_NE(text.find(std::to_string(30 * kMiB) + " are file cache"), std::string::npos) << text;
+  }
+}
+
+TEST_F(HeadroomTest, AProcessThatIsMovedIntoATighterCgroupIsBoundByItAtTheNextReading) {
+  write("/proc/self/cgroup", "0::/wide\n");
+  write("/sys/fs/cgroup/wide/memory.max", std::to_string(2048 * kMiB));
+  write("/sys/fs/cgroup/wide/memory.current", "0");
+  write("/sys/fs/cgroup/tight/memory.max", std::to_string(256 * kMiB));
+  write("/sys/fs/cgroup/tight/memory.current", "0");
+  Headroom headroom(root_);
+  headroom.take(kMiB);
+  EXPECT_EQ(headroom.read().total_bytes, 2048 * kMiB);
+  write("/proc/self/cgroup", "0::/tight\n");
+  EXPECT_EQ(headroom.read().total_bytes, 256 * kMiB);
+  EXPECT_THROW(headroom.take(512 * kMiB), OutOfMemoryError);
+}
+
 }  // namespace
 }  // namespace vattn::host

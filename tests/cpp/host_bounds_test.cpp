@@ -75,9 +75,27 @@ TEST_F(HostBounds, AHostWithLessThanItsReserveHasNothing) {
   EXPECT_EQ(read().available_bytes, 0U);
 }
 
-TEST_F(HostBounds, WithoutMeminfoNobodyCanSayWhatIsLeft) {
+TEST_F(HostBounds, WithoutALineMemAvailableNobodyCanSayWhatIsLeftAndAPageIsMadeAllTheSame) {
   write("/proc/meminfo", "MemTotal: 1048576 kB\n");
-  EXPECT_THROW(static_cast<void>(read()), DriverError);
+  const MemoryInfo info = read();
+  ASSERT_NE(info.unknown, nullptr);
+  EXPECT_STREQ(info.unknown, "/proc/meminfo has no line MemAvailable");
+  EXPECT_GT(info.available_bytes, std::uint64_t{1} << 60);
+  EXPECT_NO_THROW(host::Headroom(root_).take(std::size_t{1} << 40));
+}
+
+TEST_F(HostBounds, WithoutProcNobodyCanSayWhatIsLeft) {
+  std::filesystem::remove_all(root_ + "/proc");
+  ASSERT_NE(read().unknown, nullptr);
+  EXPECT_STREQ(read().unknown, "/proc/meminfo does not exist (/proc is not mounted)");
+}
+
+TEST_F(HostBounds, ACgroupBoundsAHostThatDoesNotSayWhatIsLeft) {
+  write("/proc/meminfo", "MemTotal: 1048576 kB\n");
+  write("/sys/fs/cgroup/here/memory.max", std::to_string(160 * kMiB));
+  write("/sys/fs/cgroup/here/memory.current", "0");
+  EXPECT_EQ(read().unknown, nullptr);
+  EXPECT_EQ(read().available_bytes, 150 * kMiB);
 }
 
 TEST(HostPlaces, APageThatFitsNoPlaceIsMadeAndMappedAllTheSame) {

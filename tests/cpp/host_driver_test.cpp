@@ -50,6 +50,84 @@ TEST(HostDriver, PagesMappedInAnyOrderMergeIntoOneMapping) {
   driver->release_range(base, kPages * kPage);
 }
 
+TEST(HostDriver, WindowsOfReservationsThatAreGoneAreUsedAgain) {
+  constexpr std::size_t kSize = std::size_t{8} << 20;
+  const auto driver = open_host_driver_of(4 * kSize);
+  for (int i = 0; i < 100; ++i) driver->release_range(driver->reserve(kSize, UnmappedReads::kZeros), kSize);
+  // Around what is in use: a reservation in the middle, and a page that has outlived its own.
+  std::vector<Address> live;
+  for (int i = 0; i < 4; ++i) live.push_back(driver->reserve(kSize, UnmappedReads::kZeros));
+  const PageHandle page = driver->create(kPage, live[3]);
+  for (const int gone : {1, 3}) driver->release_range(live[gone], kSize);
+  try {
+    static_cast<void>(driver->reserve(2 * kSize, UnmappedReads::kZeros));
+    ADD_FAILURE() << "there is no such window";
+  } catch (const OutOfMemoryError& error) {
+    EXPECT_EQ(error.available_bytes, kSize);
+  }
+  live[1] = driver->reserve(kSize, UnmappedReads::kZeros);
+  EXPECT_THROW(static_cast<void>(driver->reserve(kSize, UnmappedReads::kZeros)), OutOfMemoryError);
+  const PageHandle other = driver->create(kPage, live[1]);
+  EXPECT_EQ(other, driver->home(live[1]));
+  EXPECT_NE(other, page);
+  driver->release(other);
+  driver->release(page);
+  live[3] = driver->reserve(kSize, UnmappedReads::kZeros);
+  for (const Address at : live) driver->release_range(at, kSize);
+}
+
+/// The number after a word in /proc/self/status, in KiB.
+std::size_t status_of(const std::string& name) {
+  std::ifstream file("/proc/self/status");
+  std::string word;
+  std::size_t kilobytes = 0;
+  while (file >> word) {
+    if (word == name) file >> kilobytes;
+  }
+  return kilobytes;
+}
+
+TEST(HostDriver, AReservationCostsNothingWhereAllFutureMemoryIsLocked) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "a sanitizer's own memory would be locked";
+#endif
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    if (::mlockall(MCL_FUTURE) != 0) ::_exit(2);
+    const auto driver = open_host_driver();
+    constexpr std::size_t kSize = std::size_t{4} << 30;
+    const std::size_t tables = status_of("VmPTE:");
+    const std::size_t resident = status_of("VmRSS:");
+    Address base = 0;
+    try {
+      base = driver->reserve(kSize, UnmappedReads::kZeros);
+    } catch (const OutOfMemoryError&) {
+      ::_exit(2);  // RLIMIT_MEMLOCK
+    }
+    bool good = status_of("VmPTE:") < tables + 1024 && status_of("VmRSS:") < resident + 10 * 1024;
+    good = good && *reinterpret_cast<volatile unsigned char*>(base + kSize - 1) == 0;
+    const std::size_t locked = status_of("VmLck:");
+    for (int round = 0; round < 2; ++round) {
+      const PageHandle page = driver->create(kPage, base + kPage);
+      driver->map(base + kPage, kPage, page);
+      driver->set_access(base + kPage, kPage);
+      *reinterpret_cast<volatile unsigned char*>(base + kPage) = 1;
+      driver->unmap(base + kPage, kPage);
+      driver->release(page);
+      good = good && *reinterpret_cast<volatile unsigned char*>(base + kPage) == 0;
+    }
+    good = good && status_of("VmLck:") <= locked + 64;
+    driver->release_range(base, kSize);
+    leave(good);
+  }
+  int status = -1;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status)) << status;
+  if (WEXITSTATUS(status) == 2) GTEST_SKIP() << "locking memory is not allowed here";
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+
 TEST(HostDriver, ReadingWhatWasNeverMappedCostsNoMemory) {
   const auto driver = open_host_driver();
   constexpr std::size_t kSize = std::size_t{256} << 20;

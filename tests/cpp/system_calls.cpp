@@ -25,8 +25,9 @@ Failing::Failing(Call call, int code, int times, int first)
 
 Failing::~Failing() { innermost = outer_; }
 
-bool Failing::strikes(Call call) noexcept {
-  if (call != call_) return outer_ != nullptr && outer_->strikes(call);
+bool Failing::strikes(Call call, std::size_t bytes, int argument) noexcept {
+  const bool meant = call == call_ && (above_ == 0 || bytes > above_) && (argument_ < 0 || argument == argument_);
+  if (!meant) return outer_ != nullptr && outer_->strikes(call, bytes, argument);
   if (until_first_ > 1) {
     --until_first_;
     return false;
@@ -46,9 +47,9 @@ namespace {
 
 using vattn::system_calls::Call;
 
-bool strikes(Call call) noexcept {
+bool strikes(Call call, std::size_t bytes, int argument) noexcept {
   ++vattn::system_calls::made_calls[static_cast<std::size_t>(call)];
-  return vattn::system_calls::innermost != nullptr && vattn::system_calls::innermost->strikes(call);
+  return vattn::system_calls::innermost != nullptr && vattn::system_calls::innermost->strikes(call, bytes, argument);
 }
 
 }  // namespace
@@ -56,24 +57,27 @@ bool strikes(Call call) noexcept {
 #define VATTN_WRAPPER extern "C" __attribute__((visibility("default")))
 
 VATTN_WRAPPER void* mmap(void* at, std::size_t size, int protection, int flags, int file, off_t offset) noexcept {
-  if (strikes(Call::kMmap)) return MAP_FAILED;
+  if (strikes(Call::kMmap, size, protection)) return MAP_FAILED;
   return reinterpret_cast<void*>(::syscall(SYS_mmap, at, size, protection, flags, file, offset));
 }
 
 VATTN_WRAPPER int munmap(void* at, std::size_t size) noexcept {
-  return strikes(Call::kMunmap) ? -1 : static_cast<int>(::syscall(SYS_munmap, at, size));
+  return strikes(Call::kMunmap, size, 0) ? -1 : static_cast<int>(::syscall(SYS_munmap, at, size));
 }
 
 VATTN_WRAPPER int madvise(void* at, std::size_t size, int advice) noexcept {
-  return strikes(Call::kMadvise) ? -1 : static_cast<int>(::syscall(SYS_madvise, at, size, advice));
+  return strikes(Call::kMadvise, size, advice) ? -1 : static_cast<int>(::syscall(SYS_madvise, at, size, advice));
 }
 
 VATTN_WRAPPER int fallocate(int file, int mode, off_t offset, off_t size) {
-  return strikes(Call::kFallocate) ? -1 : static_cast<int>(::syscall(SYS_fallocate, file, mode, offset, size));
+  return strikes(Call::kFallocate, static_cast<std::size_t>(size), mode)
+             ? -1
+             : static_cast<int>(::syscall(SYS_fallocate, file, mode, offset, size));
 }
 
 VATTN_WRAPPER int memfd_create(const char* name, unsigned flags) noexcept {
-  return strikes(Call::kMemfdCreate) ? -1 : static_cast<int>(::syscall(SYS_memfd_create, name, flags));
+  return strikes(Call::kMemfdCreate, 0, static_cast<int>(flags)) ? -1
+                                                                 : static_cast<int>(::syscall(SYS_memfd_create, name, flags));
 }
 
 #endif

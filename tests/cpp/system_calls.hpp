@@ -4,6 +4,7 @@
 // Thread: any; what is asked for holds for the thread that asks.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -35,8 +36,18 @@ class Failing {
   ~Failing();
 
   [[nodiscard]] int failed() const { return failed_; }
+  /// Only calls on more bytes than that, as of a system call that lasts the longer the more it has to do.
+  Failing& above(std::size_t bytes) {
+    above_ = bytes;
+    return *this;
+  }
+  /// Only calls with that mode or advice.
+  Failing& of(int argument) {
+    argument_ = argument;
+    return *this;
+  }
   /// Whether a call that is being made fails, with errno set.
-  [[nodiscard]] bool strikes(Call call) noexcept;
+  [[nodiscard]] bool strikes(Call call, std::size_t bytes, int argument) noexcept;
 
  private:
   Call call_;
@@ -44,6 +55,8 @@ class Failing {
   int left_;
   int until_first_;
   int failed_ = 0;
+  std::size_t above_ = 0;
+  int argument_ = -1;
   Failing* outer_;
 };
 

@@ -42,11 +42,13 @@ struct DriverTraits {
   bool has_streams = false;           ///< work runs behind the caller's back, and fences tell when it has finished
   bool has_memory = false;            ///< fill and copy reach real bytes (false: accounting only)
   std::uint64_t mapping_limit = 0;    ///< mappings this process may have; 0: no such wall
+  const char* keeps_pages = nullptr;  ///< why memory goes back only with the driver's last page; null: it goes with each page
 };
 
 struct MemoryInfo {
   std::uint64_t total_bytes = 0;
   std::uint64_t available_bytes = 0;  ///< what create() could still hand out now, reserves already taken off
+  const char* unknown = nullptr;      ///< why nobody can say: available_bytes is then without end, and create() asks nobody
 };
 
 class VATTN_API Driver {

@@ -66,6 +66,18 @@ class MappingTable {
   /// Whether any byte of it lies in a reservation.
   [[nodiscard]] bool touches(Address at, std::size_t size) const noexcept;
 
+  /// Calls `visit(range)` for every reservation, `visit(page, size)` for every page.
+  template <typename Visit>
+  void each_range(Visit&& visit) const {
+    for (const auto& [base, range] : ranges_) visit(range);
+  }
+  template <typename Visit>
+  void each_page(Visit&& visit) const {
+    for (const auto& [page, info] : pages_) visit(page, info.size);
+  }
+
+  [[nodiscard]] bool has_pages() const noexcept { return !pages_.empty(); }
+
   /// The range around `at`, or nullptr.
   [[nodiscard]] const Range* find(Address at) const noexcept;
   [[nodiscard]] Range* find(Address at) noexcept;

@@ -52,9 +52,13 @@ std::shared_ptr<Driver> open_driver(Device device) {
 }
 
 std::uint64_t default_memory_limit(Driver& driver) {
-  const std::uint64_t available = driver.memory_info().available_bytes;
-  if (!driver.traits().has_memory) return available;  // meta: no limit
-  return available / 10 * 9;
+  const MemoryInfo memory = driver.memory_info();
+  if (memory.unknown != nullptr) {
+    throw Error(std::string("memory_limit=None: how much memory is left cannot be told, since ") + memory.unknown +
+                ". Pass memory_limit, in bytes");
+  }
+  if (!driver.traits().has_memory) return memory.available_bytes;  // meta: no limit
+  return memory.available_bytes / 10 * 9;
 }
 
 }  // namespace vattn

@@ -357,6 +357,7 @@ void Growth::unmap_and_release(bool keep_created) noexcept {
     }
   }
   filling_ = false;
+  keep_created = keep_created || holder_.driver().traits().keeps_pages != nullptr;  // they stay, pooled and counted
   for (auto run = runs_.rbegin(); run != runs_.rend(); ++run) {
     if (run->mapped != 0 && !idle) {
       run->stuck = true;
@@ -422,6 +423,7 @@ void Growth::undo_counts(bool keep_created) noexcept {
 }
 
 void Growth::release_spare() noexcept {
+  if (!pool_.gives_back()) spare_.clear();
   for (const PageHandle page : std::exchange(spare_, {})) {
     if (pool_.pooled_.erase(page) == 0) continue;  // the second attempt used it, or somebody else did
     try {

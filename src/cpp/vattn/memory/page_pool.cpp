@@ -2,6 +2,7 @@
 #include "vattn/memory/page_pool.hpp"
 
 #include <algorithm>
+#include <cerrno>
 
 #include "vattn/driver/decorators/counting_driver.hpp"
 #include "vattn/driver/limits.hpp"
@@ -68,6 +69,12 @@ void PagePool::set_memory_limit(std::int64_t bytes) {
   }
   std::unique_lock lock(mutex_);
   if (closed_) throw ClosedError("this PagePool is closed: make a new one");
+  if (!gives_back() && static_cast<std::uint64_t>(bytes) < created_ * page_size_) {
+    throw DriverError("release", EOPNOTSUPP, "EOPNOTSUPP",
+                      "memory_limit=" + std::to_string(bytes) + " is under the " + std::to_string(created_ * page_size_) +
+                          " bytes that exist, and none of them can be given back before all are, since " +
+                          driver_->traits().keeps_pages + ". Close the caches and the pool to give it all back");
+  }
   limit_bytes_ = static_cast<std::uint64_t>(bytes);
   Losses losses;  // what the driver would not take is counted, and stats() shows it above the limit
   settle(lock, losses);

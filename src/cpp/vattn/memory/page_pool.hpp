@@ -158,6 +158,9 @@ class VATTN_API PagePool {
   [[nodiscard]] std::uint64_t obtainable() const noexcept;
   [[nodiscard]] std::uint64_t creatable(std::uint64_t pages) const;
   [[nodiscard]] bool anyone_busy() const noexcept;
+  /// Whether a released page's memory goes back. Where the driver keeps it until the last page, pages stay pooled, and so
+  /// counted, until the pool is closed.
+  [[nodiscard]] bool gives_back() const noexcept { return closed_ || driver_->traits().keeps_pages == nullptr; }
   static bool has_pending(RowGroup& group) noexcept;
 
   /// Sees to it that `need` can be had at once. True: the lock was released meanwhile, so look again. OutOfMemoryError.

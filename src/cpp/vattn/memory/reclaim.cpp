@@ -244,7 +244,7 @@ bool PagePool::release_one(std::unique_lock<std::mutex>& lock, std::set<PageHand
 bool PagePool::settle(std::unique_lock<std::mutex>& lock, Losses& losses) noexcept {
   // One at a time: two would each take back what one must.
   while (settling_) idle_.wait(lock);
-  if (created_ <= limit_pages()) return false;
+  if (created_ <= limit_pages() || !gives_back()) return false;
   settling_ = true;
   bool any = false;
   std::set<PageHandle> refused_pages;
@@ -322,6 +322,7 @@ void PagePool::scrub_excess(Holder& holder, std::size_t index) {
 
 void PagePool::release_pooled(std::uint64_t pages) noexcept {
   std::unique_lock lock(mutex_);
+  if (!gives_back()) return;
   for (; pages != 0 && !pooled_.empty(); --pages) {
     if (!release_one(lock, std::prev(pooled_.end()), nullptr)) return;  // it stays, counted, and is the next growth's
   }

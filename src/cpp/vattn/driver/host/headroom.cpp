@@ -11,93 +11,67 @@
 namespace vattn::host {
 namespace {
 
-constexpr std::uint64_t kUnlimited = std::numeric_limits<std::uint64_t>::max();
-constexpr std::uint64_t kMaxReserve = std::uint64_t{256} << 20;
+constexpr std::uint64_t kUnlimited = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
 constexpr std::uint64_t kMaxCredit = std::uint64_t{256} << 20;
 constexpr auto kReadingLasts = std::chrono::milliseconds(100);
 
-// A part of every bound stays untouched: page tables, the kernel and everybody else need some too.
-std::uint64_t reserve_of(std::uint64_t bound) { return std::min(kMaxReserve, bound / 16); }
+struct Meminfo {
+  std::optional<std::uint64_t> total{};
+  std::optional<std::uint64_t> available{};
+  const char* unknown = nullptr;
+};
 
-/// The number in a file that holds one; nothing for "max" or when there is no such file.
-std::optional<std::uint64_t> read_number(const std::string& path) {
+Meminfo read_meminfo(const std::string& path) {
+  errno = 0;
   std::ifstream file(path);
-  std::uint64_t value = 0;
-  if (!(file >> value)) return std::nullopt;
-  return value;
-}
-
-/// The number after `key` in a file of "key number" lines.
-std::optional<std::uint64_t> read_field(const std::string& path, const std::string& key) {
-  std::ifstream file(path);
+  const int code = errno;
+  if (!file.is_open()) {
+    if (code == EMFILE || code == ENFILE) {
+      throw system_error("open", code, path + " says how much memory is left: close files, or raise RLIMIT_NOFILE (ulimit -n)");
+    }
+    return {.unknown =
+                code == ENOENT ? "/proc/meminfo does not exist (/proc is not mounted)" : "/proc/meminfo cannot be opened"};
+  }
+  Meminfo found;
   std::string name;
-  std::uint64_t value = 0;
   std::string rest;
-  while (file >> name >> value) {
-    if (name == key) return value;
+  std::uint64_t value = 0;
+  while (!(found.total && found.available) && file >> name >> value) {
+    if (name == "MemTotal:") found.total = value << 10;
+    if (name == "MemAvailable:") found.available = value << 10;
     std::getline(file, rest);
   }
-  return std::nullopt;
+  if (!found.available) found.unknown = "/proc/meminfo has no line MemAvailable";
+  return found;
+}
+
+std::string words(const Cgroups::Bound& bound) {
+  std::string text = bound.file + ", " + std::to_string(bound.limit) + " bytes";
+  if (bound.cached != 0)
+    text += ", of which " + std::to_string(bound.cached) + " are file cache and most of that counts as left";
+  return text;
 }
 
 }  // namespace
 
-Headroom::Headroom(std::string root) : root_(std::move(root)) { find_cgroups(); }
-
-void Headroom::find_cgroups() {
-  std::ifstream file(root_ + "/proc/self/cgroup");
-  std::string line;
-  while (std::getline(file, line)) {
-    const auto first = line.find(':');
-    const auto second = line.find(':', first + 1);
-    if (first == std::string::npos || second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    std::string path = line.substr(second + 1);
-    const bool unified = controllers.empty();
-    if (!unified && ("," + controllers + ",").find(",memory,") == std::string::npos) continue;
-    const std::string mount = root_ + (unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory");
-    // A limit anywhere above counts. Inside a container the path may not exist; its mount's root is then the container's own.
-    while (true) {
-      const std::string folder = mount + (path == "/" ? "" : path);
-      cgroups_.push_back({folder + (unified ? "/memory.max" : "/memory.limit_in_bytes"),
-                          folder + (unified ? "/memory.current" : "/memory.usage_in_bytes"), folder + "/memory.stat"});
-      if (path.size() <= 1) break;
-      path.resize(std::max<std::size_t>(path.rfind('/'), 1));
-    }
-  }
-  std::erase_if(cgroups_, [](const Cgroup& group) { return !std::ifstream(group.limit_file).good(); });
-}
-
 MemoryInfo Headroom::read() {
-  const std::string meminfo = root_ + "/proc/meminfo";
-  const std::uint64_t total = read_field(meminfo, "MemTotal:").value_or(0) << 10;
-  const std::optional<std::uint64_t> free_now = read_field(meminfo, "MemAvailable:");
-  if (!free_now) {
-    throw system_error(
-        "open", errno,
-        meminfo + " says how much memory is left: where no file descriptor is, close files or raise RLIMIT_NOFILE");
+  const Meminfo meminfo = read_meminfo(root_ + "/proc/meminfo");
+  MemoryInfo info{meminfo.total.value_or(kUnlimited), kUnlimited, meminfo.unknown};
+  tightest_ = "none";
+  if (meminfo.available) {
+    tightest_ = "MemAvailable";
+    info.available_bytes = *meminfo.available - std::min(*meminfo.available, reserve_of(info.total_bytes));
   }
-  std::uint64_t available = *free_now << 10;
-  available -= std::min(available, reserve_of(total));
-  std::uint64_t bound = total;
-  tightest_ = "MemAvailable";
-  for (const Cgroup& group : cgroups_) {
-    const std::uint64_t limit = read_number(group.limit_file).value_or(kUnlimited);
-    if (limit >= total) continue;
-    bound = std::min(bound, limit);
-    const std::uint64_t used = read_number(group.usage_file).value_or(0);
-    // File pages that nobody touched of late are dropped before anyone is killed.
-    const std::uint64_t droppable = read_field(group.stat_file, "inactive_file").value_or(0);
-    const std::uint64_t held = used - std::min(used, droppable) + reserve_of(limit);
-    const std::uint64_t left = limit - std::min(limit, held);
-    if (left < available) {
-      available = left;
-      tightest_ = group.limit_file;
-    }
+  for (const Cgroups::Bound& bound : cgroups_.read(info.total_bytes)) {
+    info.total_bytes = std::min(info.total_bytes, bound.limit);
+    if (bound.left >= info.available_bytes) continue;
+    info.available_bytes = bound.left;
+    info.unknown = nullptr;
+    tightest_ = words(bound);
   }
   read_at_ = std::chrono::steady_clock::now();
-  credit_ = std::min(available / 4, kMaxCredit);
-  return {bound, available};
+  credit_ = std::min(info.available_bytes / 4, kMaxCredit);
+  return info;
 }
 
 void Headroom::take(std::size_t size) {

@@ -3,12 +3,15 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "vattn/driver/host/headroom.hpp"
 #include "vattn/driver/host/mapping_wall.hpp"
@@ -37,7 +40,8 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) { retu
 
 class HostDriver final : public Driver {
  public:
-  HostDriver() : granularity_(static_cast<std::size_t>(::sysconf(_SC_PAGESIZE))), table_(granularity_) {
+  explicit HostDriver(std::uint64_t window_bytes)
+      : granularity_(static_cast<std::size_t>(::sysconf(_SC_PAGESIZE))), table_(granularity_) {
     traits_.name = "host";
     traits_.granularity = granularity_;
     traits_.default_page_size = std::max(kDefaultPage, granularity_);
@@ -45,7 +49,9 @@ class HostDriver final : public Driver {
     traits_.reads_as_zeros = true;
     traits_.fresh_pages_are_zero = true;
     traits_.has_memory = true;
+    windows_end_ = last_offset_ = kFirstWindow + window_bytes;
     traits_.mapping_limit = wall_.limit();
+    if (!file_.gives_back()) traits_.keeps_pages = "this kernel has no FALLOC_FL_PUNCH_HOLE";
   }
 
   const DriverTraits& traits() const noexcept override { return traits_; }
@@ -92,10 +98,18 @@ class HostDriver final : public Driver {
   }
   std::optional<std::uint64_t> place_of(const MappingTable::Range* range, Address at, std::size_t size) const;
   std::uint64_t find_unplaced(std::size_t size) const;
+  /// A kernel that takes no single page back takes them all, once none is left.
+  void empty_file() noexcept {
+    if (file_.gives_back()) return;
+    holds_old_bytes_ = table_.has_pages();
+    if (!holds_old_bytes_) file_.empty();
+  }
   void forget(std::uint64_t offset) noexcept {
     if (offset < kFirstWindow) unplaced_.erase(offset);
   }
   using Mappings = std::map<Address, MappingTable::Mapping>;
+  void make_window(std::size_t size);
+  void unlock_reserved(Address base, std::size_t size) noexcept;
   std::int64_t extents_around(const MappingTable::Range& range, Mappings::const_iterator first, Address at,
                               std::size_t size) const;
 
@@ -108,7 +122,10 @@ class HostDriver final : public Driver {
   host::MemoryFile file_;
   host::Headroom headroom_;
   host::MappingWall wall_;
-  std::uint64_t next_window_ = kFirstWindow;
+  std::uint64_t next_window_ = kFirstWindow;  ///< from here to windows_end_ no window is, and no page
+  std::uint64_t windows_end_ = kFirstWindow;
+  std::uint64_t last_offset_ = kFirstWindow;       ///< the last byte of the file that a window may reach
+  bool locks_ = false;                             ///< mlockall(MCL_FUTURE) was in force at the last reservation
   std::map<std::uint64_t, std::size_t> unplaced_;  ///< pages in the compact region, by offset
   bool holds_old_bytes_ = false;                   ///< somewhere in the file, where no page is
   std::int64_t extents_ = 0;                       ///< kernel mappings that this driver's reservations are made of
@@ -126,16 +143,21 @@ Address HostDriver::reserve(std::size_t size, UnmappedReads reads) {
   generation_.check("this host driver");
   const std::lock_guard lock(mutex_);
   table_.check_size("reserve", size);
-  wall_.check(extents_, 3);
-  // On a 2 MiB boundary, in memory and in the file, so that the kernel may use huge pages.
+  wall_.check(extents_, 3, true);
+  make_window(size);
+  // On a 2 MiB boundary, in memory and in the file, so that the kernel may use huge pages. Without access at first: under
+  // mlockall(MCL_FUTURE) the kernel would fill the page tables of all of it at once.
   const std::size_t slack = size >= kHugePage ? kHugePage - granularity_ : 0;
-  if (size > kLastOffset - next_window_ - kHugePage) {
-    throw OutOfMemoryError("reserve: " + std::to_string(size) + " bytes are more than one memory file can address", size,
-                           kLastOffset - next_window_, kLastOffset);
-  }
-  void* got = ::mmap(nullptr, size + slack, protection(reads), kReservedFlags, -1, 0);
+  void* got = ::mmap(nullptr, size + slack, PROT_NONE, kReservedFlags, -1, 0);
   if (got == MAP_FAILED) {
     const int code = errno;
+    if (code == EAGAIN) {
+      throw OutOfMemoryError(
+          "reserve: mlockall(MCL_FUTURE) is in force, and " + std::to_string(size) +
+              " bytes of addresses are more than RLIMIT_MEMLOCK lets this process lock: raise it (ulimit -l), "
+              "or call mlockall after the cache is made, with MCL_ONFAULT",
+          size, 0, 0);
+    }
     if (code != ENOMEM) throw host::system_error("mmap", code, "reserve " + std::to_string(size) + " bytes");
     throw OutOfMemoryError(
         "reserve: " + std::to_string(size) +
@@ -151,6 +173,10 @@ Address HostDriver::reserve(std::size_t size, UnmappedReads reads) {
     if (::madvise(pointer(base), size, MADV_DONTFORK) != 0) {
       throw host::system_error("madvise(MADV_DONTFORK)", errno, std::to_string(size) + " bytes");
     }
+    unlock_reserved(base, size);
+    if (protection(reads) != PROT_NONE && ::mprotect(pointer(base), size, protection(reads)) != 0) {
+      throw host::system_error("mprotect", errno, std::to_string(size) + " bytes");
+    }
     host::reservations::add(base, size);
     table_.note_reserve(base, size, reads, next_window_);
   } catch (...) {
@@ -160,6 +186,40 @@ Address HostDriver::reserve(std::size_t size, UnmappedReads reads) {
   next_window_ += round_up(size, kHugePage);
   ++extents_;
   return base;
+}
+
+/// Sees to it that a window of that size fits between next_window_ and windows_end_. When the file has come to its end, windows
+/// of reservations that are gone are used again: the longest stretch in which neither a window nor a page is.
+void HostDriver::make_window(std::size_t size) {
+  const std::uint64_t needed = round_up(size, kHugePage);
+  if (needed <= windows_end_ - next_window_) return;
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> taken{{last_offset_, last_offset_}};
+  table_.each_range([&](const MappingTable::Range& range) {
+    taken.emplace_back(range.window, range.window + round_up(range.size, kHugePage));
+  });
+  table_.each_page([&](PageHandle page, std::size_t bytes) { taken.emplace_back(offset_of(page), offset_of(page) + bytes); });
+  std::sort(taken.begin(), taken.end());
+  std::uint64_t reached = kFirstWindow;
+  std::uint64_t longest = 0;
+  for (const auto& [from, to] : taken) {
+    if (from > reached && from - reached > longest) {
+      longest = from - reached;
+      next_window_ = reached;
+      windows_end_ = from;
+    }
+    reached = std::max(reached, round_up(to, kHugePage));
+  }
+  if (needed <= longest) return;
+  throw OutOfMemoryError("reserve: " + std::to_string(size) + " bytes are more than its memory file can still address, " +
+                             std::to_string(longest) + ": close what is not needed, or make another pool",
+                         size, longest, last_offset_ - kFirstWindow);
+}
+
+/// Under mlockall(MCL_FUTURE) whatever is mapped is locked, and a locked range is filled as soon as it can be read. The kernel
+/// does not say whether that is in force, but it refuses this advice for what is locked.
+void HostDriver::unlock_reserved(Address base, std::size_t size) noexcept {
+  locks_ = ::madvise(pointer(base), granularity_, MADV_DONTNEED) != 0 && errno == EINVAL;
+  if (locks_) static_cast<void>(::munlock(pointer(base), size));
 }
 
 void HostDriver::release_range(Address base, std::size_t size) {
@@ -193,7 +253,8 @@ std::optional<std::uint64_t> HostDriver::place_of(const MappingTable::Range* ran
 }
 
 PageHandle HostDriver::home(Address at) const noexcept {
-  if (!generation_.is_current()) return 0;
+  // A page that stands in another one's place could not be given up for one that belongs there.
+  if (!generation_.is_current() || !file_.gives_back()) return 0;
   const std::lock_guard lock(mutex_);
   const MappingTable::Range* range = table_.find(at);
   return range != nullptr ? handle_at(range->window + (at - range->base)) : 0;
@@ -211,7 +272,7 @@ PageHandle HostDriver::create(std::size_t size, Address near) {
   table_.note_create(handle_at(offset), size);
   try {
     if (!placed) unplaced_.emplace(offset, size);
-    if (holds_old_bytes_) file_.punch(offset, size);
+    if (holds_old_bytes_) file_.clear(offset, size);
     file_.allocate(offset, size, placed);
   } catch (...) {
     forget(offset);
@@ -228,10 +289,11 @@ void HostDriver::release(PageHandle page) {
   table_.check_release(page);
   const MappingTable::Page info = *table_.page(page);
   if (info.mappings == 0) {
-    file_.punch(offset_of(page), info.size);
+    if (file_.gives_back()) file_.punch(offset_of(page), info.size);
     forget(offset_of(page));
   }
   table_.note_release(page);
+  empty_file();
 }
 
 // The kernel's mappings between the neighbours of [at, at + size): what merges counts once. Merging with what lies outside the
@@ -311,6 +373,7 @@ void HostDriver::unmap(Address at, std::size_t size) {
   }
   // Should this fail, a child inherits addresses that hold nothing: no reason to undo the rest.
   static_cast<void>(::madvise(pointer(at), size, MADV_DONTFORK));
+  if (locks_) static_cast<void>(::munlock(pointer(at), size));  // a reservation again, and it merges with its neighbours
   table_.note_unmap(at, size, [this](PageHandle page, std::size_t bytes) {
     try {
       forget(offset_of(page));
@@ -320,11 +383,14 @@ void HostDriver::unmap(Address at, std::size_t size) {
       holds_old_bytes_ = true;
     }
   });
+  empty_file();
   extents_ += extents_around(range, range.mapped.lower_bound(at), at, size) - before;
 }
 
 }  // namespace
 
-std::shared_ptr<Driver> open_host_driver() { return std::make_shared<HostDriver>(); }
+std::shared_ptr<Driver> open_host_driver() { return open_host_driver_of(kLastOffset - kFirstWindow - kHugePage); }
+
+std::shared_ptr<Driver> open_host_driver_of(std::uint64_t window_bytes) { return std::make_shared<HostDriver>(window_bytes); }
 
 }  // namespace vattn

@@ -8,6 +8,7 @@
 // or none. Neither reservations nor mappings are inherited by a forked child. Thread: any; one mutex a driver.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 
 #include "vattn/driver/driver.hpp"
@@ -15,5 +16,8 @@
 namespace vattn {
 
 [[nodiscard]] VATTN_API std::shared_ptr<Driver> open_host_driver();
+/// Over a memory file of at most so many bytes for the windows of all reservations that live at a time: for tests, since a real
+/// file's 2^63 are not easily used up.
+[[nodiscard]] VATTN_API std::shared_ptr<Driver> open_host_driver_of(std::uint64_t window_bytes);
 
 }  // namespace vattn
