@@ -146,7 +146,8 @@ class ReplayedKernel:
 
 
 @contextlib.contextmanager
-def capturing(graph: Graph, stream: Stream) -> Iterator[None]:
+def capturing(graph: Graph, stream: Stream | None = None) -> Iterator[None]:
+    stream = stream or Stream()
     stream.fake.fake_cuda_set_capturing(stream.cuda_stream, 1)
     try:
         yield
