@@ -6,9 +6,9 @@
 
 `prepare` gathers vattn's wheel and the one that it needs, the C++ tests, Triton's compiled kernels, FlashAttention-3,
 and run.sh with its stages, which lie beside this file. What cannot be had is left out and named, in the manifest and at
-the end; with no wheel there is no folder. It holds at most 60 MiB: past that the least valuable parts are left out. Then
-everything runs once on the fake, and the commands for the machine are printed. `--python` is one like the machine's,
-with torch; vattn comes from the wheel, whatever is installed there. Without it that of .venv is taken.
+the end; with no wheel there is no folder. It holds at most 60 MiB: past that the least valuable parts are left out.
+Then everything runs once on the fake, and the commands for the machine are printed. `--python` is one like the
+machine's, with torch; vattn comes from the wheel, whatever is installed there. Without it that of .venv is taken.
 
 Not safe to run twice at once in one checkout.
 """
