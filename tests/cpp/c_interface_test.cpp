@@ -121,7 +121,7 @@ TEST(CInterface, AConfigStartsWithTheDefaults) {
   std::memset(&config, 0x7F, sizeof config);
   vattn_cache_config_init(&config);
   EXPECT_EQ(config.v_head_dim, -1);
-  EXPECT_EQ(config.layers_per_tensor, 1);
+  EXPECT_EQ(config.layers_per_tensor, 0);
   EXPECT_EQ(config.lookahead_tokens, -1);
   EXPECT_EQ(config.warm_tokens, -1);
   EXPECT_EQ(config.num_layers, 0);
@@ -137,7 +137,6 @@ TEST(CInterface, WhatAConfigLeavesOutIsChosen) {
   config.head_dim = 64;
   config.max_seq_len = 4096;
   config.dtype = "bfloat16";
-  config.layers_per_tensor = 0;
   const Cache cache(config);
   EXPECT_EQ(cache.alloc(), 0);
   EXPECT_EQ(cache.step(0, 10), VATTN_OK);

@@ -109,7 +109,7 @@ CacheConfig convert(const vattn_cache_config& from) {
   config.max_seq_len = from.max_seq_len;
   config.dtype = parse_dtype(from.dtype);
   if (from.v_head_dim != -1) config.v_head_dim = from.v_head_dim;
-  config.layers_per_tensor = from.layers_per_tensor == 0 ? 1 : from.layers_per_tensor;
+  if (from.layers_per_tensor != 0) config.layers_per_tensor = from.layers_per_tensor;
   config.layout = parse_layout(from.layout);
   config.page_size = unless_zero(from.page_size);
   config.memory_limit = unless_zero(from.memory_limit);
@@ -165,7 +165,6 @@ void vattn_cache_config_init(vattn_cache_config* config) {
   if (config == nullptr) return;
   *config = vattn_cache_config{};
   config->v_head_dim = -1;
-  config->layers_per_tensor = 1;
   config->lookahead_tokens = -1;
   config->warm_tokens = -1;
 }

@@ -43,11 +43,11 @@ typedef struct vattn_cache_config {
   int64_t head_dim;
   int64_t max_batch_size;
   int64_t max_seq_len;
-  const char* dtype;  /* torch's name: "bfloat16" */
-  const char* device; /* "cpu", "cuda:0", "meta"; NULL: "cpu" */
-  int64_t v_head_dim; /* -1: as head_dim (the default); 0: keys only */
-  int64_t layers_per_tensor;
-  const char* layout; /* "NHD" or "HND"; NULL: chosen */
+  const char* dtype;         /* torch's name: "bfloat16" */
+  const char* device;        /* "cpu", "cuda:0", "meta"; NULL: "cpu" */
+  int64_t v_head_dim;        /* -1: as head_dim (the default); 0: keys only */
+  int64_t layers_per_tensor; /* 0: 1 on the cpu; elsewhere as many as leave a page at most 64 tokens of every tensor */
+  const char* layout;        /* "NHD" or "HND"; NULL: chosen */
   int64_t page_size;
   int64_t memory_limit;
   const char* unmapped_reads; /* "fault" or "zeros"; NULL: chosen */
