@@ -17,6 +17,7 @@ vattn::CacheConfig config_of(long slots, bool unchanged) {
   vattn::CacheConfig config{.num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = slots};
   config.max_seq_len = unchanged ? 8192 : 32768;
   config.dtype = vattn::DType::kBFloat16;
+  config.dense = true;  // 64 tensors: the most a step has to look at
   config.page_size = unchanged ? std::int64_t{2} << 20 : std::int64_t{64} << 20;
   config.lookahead_tokens = unchanged ? 1024 : 0;
   return config;

@@ -26,6 +26,7 @@ vattn::CacheConfig llama(std::int64_t slots) {
   vattn::CacheConfig config{.num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = slots};
   config.max_seq_len = kPagesARow * kTokensAPage;
   config.dtype = vattn::DType::kBFloat16;
+  config.dense = true;
   config.lookahead_tokens = 0;
   config.memory_limit = std::int64_t{1} << 46;  // more than any case takes
   return config;

@@ -132,6 +132,7 @@ double round_of_steps(const std::shared_ptr<vattn::PagePool>& pool, const Shape&
   vattn::CacheConfig config{.num_layers = shape.layers, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = shape.slots};
   config.max_seq_len = kPagesARow * kTokensAPage;
   config.dtype = vattn::DType::kBFloat16;
+  config.dense = true;
   config.lookahead_tokens = 0;
   config.warm_tokens = 0;
   vattn::KVCache cache(config, pool);

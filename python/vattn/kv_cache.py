@@ -56,9 +56,12 @@ class KVCache:
         device: ``"cpu"``, ``"cuda[:i]"`` or ``"meta"`` (accounting only: any size, no memory).
         v_head_dim: elements of a value; None: as ``head_dim``; 0: keys only (MLA latents), and every V is None.
         layers_per_tensor: layers that share one tensor, so that a page holds fewer tokens of more layers. Divides
-            ``num_layers``.
-        layout: ``"NHD"`` (token-major), ``"HND"`` (head-major), or None: HND on the host where its rows stay within
-            half of the kernel's mappings and ``layers_per_tensor`` is 1, else NHD. Changes strides, never shapes.
+            ``num_layers``. The token stride of a view is then ``layers_per_tensor * num_kv_heads * head_dim``: a kernel
+            that needs dense rows wants 1. None: 1 on the host and with ``layout="HND"``; on cuda and meta the smallest
+            divisor with which a page holds at most 64 tokens of every tensor, else ``num_layers``.
+        layout: ``"NHD"`` (token-major), ``"HND"`` (head-major, one layer a tensor), or None: HND on the host where its
+            rows stay within half of the kernel's mappings and ``layers_per_tensor`` is 1, else NHD. Changes strides,
+            never shapes.
         page_size: bytes, or text such as ``"2MiB"``; None: 64 KiB on the host, 2 MiB on cuda and meta.
         memory_limit: bytes, or text such as ``"40GiB"``, at least one page in every tensor; None: 90 % of what is free
             now, and no limit on meta.
@@ -72,6 +75,8 @@ class KVCache:
             possible only there) or ``"fault"``.
         guard_tokens: tokens past every length that are kept committed and zeroed, for kernels that load whole tiles.
         scrub: zero a page before another request can see it.
+        dense: one layer a tensor whatever the device, as ``layers_per_tensor=1``: for kernels that take no stride
+            between tokens but ``num_kv_heads * head_dim``.
 
     Raises:
         TypeError, ValueError, OverflowError: a bad argument.
@@ -90,7 +95,7 @@ class KVCache:
         dtype: torch.dtype | str,
         device: torch.device | str,
         v_head_dim: int | None = None,
-        layers_per_tensor: int = 1,
+        layers_per_tensor: int | None = None,
         layout: str | None = None,
         page_size: int | str | None = None,
         memory_limit: int | str | None = None,
@@ -100,6 +105,7 @@ class KVCache:
         unmapped_reads: str | None = None,
         guard_tokens: int = 0,
         scrub: bool = False,
+        dense: bool = False,
     ) -> None:
         self._dtype_name = to_dtype_name(dtype)
         self._device_name = to_device_name(device)
@@ -121,7 +127,7 @@ class KVCache:
             dtype=self._dtype_name,
             device=self._device_name,
             v_head_dim=v_dim,
-            layers_per_tensor=to_int(layers_per_tensor, "layers_per_tensor"),
+            layers_per_tensor=to_optional_int(layers_per_tensor, "layers_per_tensor"),
             layout=to_choice(layout, "layout", ("NHD", "HND")),
             page_size=to_optional_size(page_size, "page_size"),
             memory_limit=to_optional_size(memory_limit, "memory_limit"),
@@ -131,9 +137,11 @@ class KVCache:
             unmapped_reads=to_choice(unmapped_reads, "unmapped_reads", ("fault", "zeros")),
             guard_tokens=self._guard_tokens,
             scrub=to_bool(scrub, "scrub"),
+            dense=to_bool(dense, "dense"),
         )
         self._page_size = self._native.page_size()
         self._tokens_per_page = self._native.tokens_per_page()
+        self._layers_per_tensor = self._native.layers_per_tensor()
         self._layout = self._native.layout()
         self._lookahead_tokens = self._native.lookahead_tokens()
         self._warm_tokens = self._native.warm_tokens()
@@ -435,8 +443,13 @@ class KVCache:
 
     @property
     def tokens_per_page(self) -> int:
-        """Whole tokens that a page holds in one tensor; 0 where a token spans pages."""
+        """Whole tokens that a page holds in one tensor, the smallest over all tensors; 0 where a token spans pages."""
         return self._tokens_per_page
+
+    @property
+    def layers_per_tensor(self) -> int:
+        """Layers that share a tensor, and so a page; 1: rows are dense."""
+        return self._layers_per_tensor
 
     @property
     def layout(self) -> str:

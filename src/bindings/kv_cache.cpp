@@ -111,10 +111,11 @@ void bind_kv_cache(nb::module_& module) {
           "__init__",
           [](KVCache* self, std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim,
              std::int64_t max_batch_size, std::int64_t max_seq_len, const std::string& dtype, const std::string& device,
-             std::optional<std::int64_t> v_head_dim, std::int64_t layers_per_tensor, const std::optional<std::string>& layout,
-             std::optional<std::int64_t> page_size, std::optional<std::int64_t> memory_limit, const SharedPool* pool,
-             std::optional<std::int64_t> lookahead_tokens, std::optional<std::int64_t> warm_tokens,
-             const std::optional<std::string>& unmapped_reads, std::int64_t guard_tokens, bool scrub) {
+             std::optional<std::int64_t> v_head_dim, std::optional<std::int64_t> layers_per_tensor,
+             const std::optional<std::string>& layout, std::optional<std::int64_t> page_size,
+             std::optional<std::int64_t> memory_limit, const SharedPool* pool, std::optional<std::int64_t> lookahead_tokens,
+             std::optional<std::int64_t> warm_tokens, const std::optional<std::string>& unmapped_reads,
+             std::int64_t guard_tokens, bool scrub, bool dense) {
             vattn::CacheConfig config;
             config.num_layers = num_layers;
             config.num_kv_heads = num_kv_heads;
@@ -131,6 +132,7 @@ void bind_kv_cache(nb::module_& module) {
                                            vattn::UnmappedReads::kZeros);
             config.guard_tokens = guard_tokens;
             config.scrub = scrub;
+            config.dense = dense;
             config.lookahead_tokens = lookahead_tokens;
             config.warm_tokens = warm_tokens;
             const GilReleased release;
@@ -142,9 +144,10 @@ void bind_kv_cache(nb::module_& module) {
           },
           nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::kw_only(), nb::arg("max_batch_size"),
           nb::arg("max_seq_len"), nb::arg("dtype"), nb::arg("device"), nb::arg("v_head_dim").none(),
-          nb::arg("layers_per_tensor"), nb::arg("layout").none(), nb::arg("page_size").none(), nb::arg("memory_limit").none(),
-          nb::arg("pool").none(), nb::arg("lookahead_tokens").none(), nb::arg("warm_tokens").none(),
-          nb::arg("unmapped_reads").none(), nb::arg("guard_tokens"), nb::arg("scrub"), nb::keep_alive<1, 14>())
+          nb::arg("layers_per_tensor").none(), nb::arg("layout").none(), nb::arg("page_size").none(),
+          nb::arg("memory_limit").none(), nb::arg("pool").none(), nb::arg("lookahead_tokens").none(),
+          nb::arg("warm_tokens").none(), nb::arg("unmapped_reads").none(), nb::arg("guard_tokens"), nb::arg("scrub"),
+          nb::arg("dense"), nb::keep_alive<1, 14>())
       .def("alloc", &KVCache::alloc, nb::arg("expected_len").none(), nb::arg("stream").none(), Release())
       .def("alloc_block", &KVCache::alloc_block, nb::arg("n"), nb::arg("stream").none(), Release())
       .def("free", &KVCache::free, nb::arg("slot"), nb::arg("stream").none(), Release())
@@ -171,5 +174,6 @@ void bind_kv_cache(nb::module_& module) {
       .def("page_size", [](const KVCache& cache) { return cache.geometry().page_size(); })
       .def("lookahead_tokens", [](const KVCache& cache) { return cache.geometry().lookahead_tokens(); })
       .def("warm_tokens", [](const KVCache& cache) { return cache.geometry().warm_tokens(); })
+      .def("layers_per_tensor", [](const KVCache& cache) { return cache.geometry().layers_per_tensor(); })
       .def("tokens_per_page", [](const KVCache& cache) { return cache.geometry().tokens_per_page(); });
 }

@@ -144,6 +144,68 @@ TEST(Geometry, HeadMajorThatCannotBeIsRefused) {
                                         memory());
 }
 
+/// Llama-3-8B's 2 KiB a token, layer and tensor, where pages are of 2 MiB.
+CacheConfig large_config() {
+  CacheConfig config{.num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = 2, .max_seq_len = 4096};
+  config.page_size = 2 << 20;
+  return config;
+}
+
+std::int64_t chosen(const CacheConfig& config, const DriverTraits& traits) {
+  return Geometry(config, traits).layers_per_tensor();
+}
+
+TEST(Geometry, LayersShareATensorUntilAPageHoldsAtMost64TokensOfEveryTensor) {
+  CacheConfig config = large_config();  // 1,024 tokens of one layer a page
+  EXPECT_EQ(chosen(config, accounting()), 16);
+  EXPECT_EQ(Geometry(config, accounting()).tokens_per_page(), 64);
+  EXPECT_EQ(Geometry(config, accounting()).layout(), Layout::kNHD);
+  config.num_layers = 60;
+  EXPECT_EQ(chosen(config, accounting()), 20) << "15 would leave 68 tokens, and 16 does not divide 60";
+  config.num_layers = 31;
+  EXPECT_EQ(chosen(config, accounting()), 31) << "a prime: all of them";
+  config.num_layers = 8;
+  EXPECT_EQ(chosen(config, accounting()), 8) << "as few tokens as there are layers for";
+  config.page_size = 64 << 10;
+  EXPECT_EQ(chosen(config, accounting()), 1) << "32 tokens a page";
+  config.head_dim = kLargest >> 1;
+  config.num_kv_heads = 1;
+  config.max_seq_len = 1;
+  config.dtype = DType::kUInt8;
+  config.num_layers = config.max_batch_size = 1;
+  EXPECT_EQ(chosen(config, accounting()), 1) << "a token spans pages";
+}
+
+TEST(Geometry, TheTensorWhosePagesHoldMostTokensDecides) {
+  CacheConfig config = large_config();
+  config.v_head_dim = 64;
+  EXPECT_EQ(chosen(config, accounting()), 32) << "64 tokens of V";
+  EXPECT_EQ(Geometry(config, accounting()).tokens_per_page(), 32) << "and 32 of K: the smallest over all tensors";
+  config.v_head_dim = 256;
+  EXPECT_EQ(chosen(config, accounting()), 16);
+  config.v_head_dim = 0;
+  EXPECT_EQ(chosen(config, accounting()), 16) << "there is no V to look at";
+}
+
+TEST(Geometry, OneLayerATensorOnTheHostForHeadMajorAndForDenseRows) {
+  CacheConfig config = large_config();
+  EXPECT_EQ(chosen(config, memory()), 1) << "the host";
+  config.dense = true;
+  EXPECT_EQ(chosen(config, accounting()), 1);
+  config.layers_per_tensor = 1;
+  EXPECT_EQ(chosen(config, accounting()), 1);
+  config.dense = false;
+  config.layers_per_tensor.reset();
+  config.layout = Layout::kHND;
+  EXPECT_EQ(chosen(config, accounting()), 1);
+  expect_refused<std::invalid_argument>({{"layers_per_tensor=2 puts several layers between the tokens of one, and dense",
+                                          [](CacheConfig& each) {
+                                            each.dense = true;
+                                            each.layers_per_tensor = 2;
+                                          }}},
+                                        accounting());
+}
+
 TEST(Geometry, MoreRowsThanThereAreBooksForAreRefused) {
   const auto many = [](CacheConfig& config) {
     config.num_layers = 16;

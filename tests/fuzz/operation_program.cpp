@@ -157,7 +157,7 @@ class Program {
       config.num_layers = 2;
       config.num_kv_heads = 2;
       config.layers_per_tensor = has(6) ? 2 : 1;
-      config.head_dim = 3 * page_ / 64 / config.layers_per_tensor;
+      config.head_dim = 3 * page_ / 64 / *config.layers_per_tensor;
       config.v_head_dim = config.head_dim / 2;
       config.max_seq_len = 64;
       config.layout = Layout::kNHD;

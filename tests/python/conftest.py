@@ -90,15 +90,16 @@ TOKENS = 4
 def make_cache(device: str, **more: Any) -> vattn.KVCache:
     """A small cache whose pages hold four tokens a tensor, whatever the device's page size; token-major unless told.
 
-    Two layers of K and V: a page group is four pages, and four tokens of one slot take one. No look-ahead unless told,
+    Two layers of K and V, a tensor each: a page group is four pages, and four tokens of one slot take one. No look-ahead unless told,
     so that pages can be counted. With a ``pool``, the pool has the page size: :data:`PAGE`.
     """
     page = PAGE[device.partition(":")[0]]
     shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "max_batch_size": 4, "max_seq_len": 64}
     shape |= {"dtype": torch.float32, "device": device, "layout": "NHD", "lookahead_tokens": 0}
+    shape |= {"layers_per_tensor": 1}
     shape |= {**({} if more.get("pool") else {"page_size": page}), **more}
     if "head_dim" not in shape:
-        heads_together = 1 if shape["layout"] == "HND" else shape["num_kv_heads"] * shape.get("layers_per_tensor", 1)
+        heads_together = 1 if shape["layout"] == "HND" else shape["num_kv_heads"] * shape["layers_per_tensor"]
         shape["head_dim"] = page // (TOKENS * heads_together * shape["dtype"].itemsize)
     return vattn.KVCache(**shape)
 

@@ -469,6 +469,41 @@ def test_fa3_refuses_a_cache_without_its_guard():
     assert get_kernel("fa3").guard_tokens(128) == 176
 
 
+@pytest.mark.parametrize("layers_per_tensor", [1, 2, 4])
+def test_layers_that_share_a_tensor_are_read_by_their_strides(layers_per_tensor):
+    shape = {"max_batch_size": 3, "max_seq_len": 64, "dtype": torch.float32, "device": "cpu", "page_size": 4096}
+    with vattn.KVCache(4, HEADS, DIM, **shape, layers_per_tensor=layers_per_tensor, layout="NHD") as cache:
+        cache.alloc_block(2)
+        cache.step({0: 7, 1: 40})
+        torch.manual_seed(layers_per_tensor)
+        for layer in range(4):
+            q = torch.randn(2, Q_HEADS, DIM)
+            parts = []
+            for slot in range(2):
+                k, v = cache.view(layer, slot)
+                k.normal_(), v.normal_()
+                assert k.stride(0) == layers_per_tensor * HEADS * DIM
+                parts.append((k.clone(), v.clone()))
+            expected = attend_all(q[:, None], parts, None)[:, 0]
+            assert torch.allclose(decode(q, cache, layer, [0, 1]), expected, atol=1e-5)
+
+
+def test_torch_flash_refuses_rows_that_are_not_whole_tokens_apart_and_auto_passes_it_over(monkeypatch):
+    for kernel in vattn.attention.KERNELS.values():
+        monkeypatch.setattr(type(kernel), "unavailable", lambda self, device: "")
+    monkeypatch.setattr(flash_attn2.FlashAttention2, "unavailable", lambda self, device: "not installed")
+    shape = {"max_batch_size": 3, "max_seq_len": 70, "dtype": torch.bfloat16, "device": "cpu", "page_size": 4096}
+    with vattn.KVCache(6, HEADS, DIM, **shape, layers_per_tensor=3) as cache:  # 192 bytes a token
+        reason = get_kernel("torch_flash").misfit(cache)
+        assert reason.startswith("rows are 16384 bytes apart, no multiple of a token's 192 (3 layers share a tensor)")
+        assert "make the cache with dense=True" in reason
+        assert vattn.attention._choose("auto", cache, torch.device("cuda:0")).name == "triton"
+    for more in ({"dense": True}, {"layers_per_tensor": 2}):
+        with vattn.KVCache(6, HEADS, DIM, **shape, **more) as cache:
+            assert get_kernel("torch_flash").misfit(cache) == ""
+            assert vattn.attention._choose("auto", cache, torch.device("cuda:0")).name == "torch_flash"
+
+
 def test_a_misfit_is_a_value_error_of_the_call(monkeypatch):
     monkeypatch.setattr(FlashAttention3, "unavailable", lambda self, device: "")
     with small_cache(dtype=torch.bfloat16) as cache:

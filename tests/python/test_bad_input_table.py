@@ -165,7 +165,7 @@ CASES: dict[str, list[tuple[Wrap, Legal]]] = {
     "KVCache.__init__.dtype": [(plain, nothing)],
     "KVCache.__init__.device": [(plain, nothing)],
     "KVCache.__init__.v_head_dim": [(plain, sized(0, None))],
-    "KVCache.__init__.layers_per_tensor": [(plain, only(1, 2))],
+    "KVCache.__init__.layers_per_tensor": [(plain, only(1, 2, also=(None,)))],
     "KVCache.__init__.layout": CHOICE,
     "KVCache.__init__.page_size": SIZE,
     "KVCache.__init__.memory_limit": [
@@ -177,6 +177,7 @@ CASES: dict[str, list[tuple[Wrap, Legal]]] = {
     "KVCache.__init__.unmapped_reads": CHOICE,
     "KVCache.__init__.guard_tokens": [(plain, sized(0))],
     "KVCache.__init__.scrub": [(plain, only(also=(True, False)))],
+    "KVCache.__init__.dense": [(plain, only(also=(True, False)))],
     "KVCache.alloc.expected_len": [(plain, lambda number, value: value is None or LENGTHS(number, value))],
     "KVCache.alloc.stream": STREAM,
     "KVCache.alloc_block.n": [(plain, only(1, 2))],

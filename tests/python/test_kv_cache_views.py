@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
 
+import vattn
 from conftest import PAGE, TOKENS, make_cache, tensor_device, without_meta
 
 DTYPES = [
@@ -111,6 +113,59 @@ def test_layers_of_one_tensor_lie_side_by_side_in_a_token(device: str, layers_pe
         for layer, view in enumerate(views):
             view.fill_(layer + 1)
         assert all(bool((cache.view(layer, slot)[0] == layer + 1).all()) for layer in range(4))
+
+
+@pytest.mark.parametrize(
+    ("layers", "head_dim", "v_head_dim", "chosen", "tokens_per_page"),
+    [
+        (32, 128, None, 16, 64),
+        (60, 128, None, 20, 51),
+        (31, 128, None, 31, 33),
+        (8, 128, None, 8, 128),
+        (32, 128, 64, 32, 32),
+        (32, 128, 0, 16, 64),
+        (1, 8, None, 1, 16_384),
+    ],
+)
+def test_layers_share_a_tensor_until_a_page_holds_at_most_64_tokens(
+    device: str, layers: int, head_dim: int, v_head_dim: int | None, chosen: int, tokens_per_page: int
+) -> None:
+    shape: dict[str, Any] = {"max_batch_size": 2, "max_seq_len": 200, "dtype": "bfloat16", "device": device}
+    shape |= {"page_size": "2MiB", "v_head_dim": v_head_dim}
+    if device == "cpu":
+        chosen = 1
+    with vattn.KVCache(layers, 8, head_dim, **shape, layout="NHD") as cache:
+        assert cache.layers_per_tensor == chosen
+        assert device == "cpu" or cache.tokens_per_page == tokens_per_page
+    for dense in ({"dense": True}, {"dense": True, "layers_per_tensor": 1}, {"layers_per_tensor": 1}):
+        with vattn.KVCache(layers, 8, head_dim, **shape, **dense) as cache:
+            assert cache.layers_per_tensor == 1
+    with vattn.KVCache(layers, 8, head_dim, **shape, layout="HND") as cache:
+        assert (cache.layers_per_tensor, cache.layout) == (1, "HND")
+
+
+def test_a_cache_that_is_told_nothing_writes_and_reads_every_layer(device: str) -> None:
+    without_meta(device)
+    # 128 KiB of K a token in 32 layers: on cuda 16 of them share a tensor.
+    shape: dict[str, Any] = {"max_batch_size": 2, "max_seq_len": 100, "dtype": torch.bfloat16, "device": device}
+    with vattn.KVCache(32, 8, 128, **shape) as cache:
+        assert cache.layout == ("HND" if device == "cpu" else "NHD")
+        slot = cache.alloc()
+        cache.step({slot: 70})
+        for layer in range(32):
+            for tensor, value in zip(cache.view(layer, slot), (layer, -layer), strict=True):
+                assert tensor is not None
+                tensor.fill_(value)
+        for layer in range(32):
+            k, v = cache.view(layer, slot)
+            assert v is not None
+            assert k.shape == v.shape == (70, 8, 128)
+            assert bool((k == layer).all()) and bool((v == -layer).all())
+
+
+def test_dense_rows_have_one_layer_a_tensor(device: str) -> None:
+    with pytest.raises(ValueError, match=r"layers_per_tensor=2 .*dense rows have one layer a tensor"):
+        make_cache(device, dense=True, layers_per_tensor=2)
 
 
 @pytest.mark.parametrize("layers_per_tensor", [3, 0, -1, 5, 8])

@@ -77,13 +77,47 @@ def test_json_holds_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--model llama-3-8b --memory 40GiB --page-size 2MiB --layers-per-tensor 32 --max-seq-len 16384"
     assert main(["plan", *options.split(), "--tokens", "1260,16384", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
+    assert plan["layers_per_tensor"] == 32
     assert plan["tokens_per_page"] == 32
     assert plan["page_group_bytes"] == 4 * MIB
     assert plan["worst_waste_bytes"] == 31 * 128 * 1024
     assert plan["mean_waste_bytes"] == 15.5 * 128 * 1024
     first, longest = plan["requests"]
-    assert (first["vattn"]["fit"], first["paged_16"]["fit"], first["static"]["fit"]) == (256, 259, 20)
+    assert (first["vattn"]["fit"], first["paged_16"]["fit"], first["static"]["fit"]) == (256, 258, 20)
     assert longest["vattn"]["fit"] == longest["static"]["fit"] == 20
+
+
+def test_waste_and_fit_are_means_over_lengths_and_not_one_lengths_luck(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--model llama-3-8b --layers-per-tensor 1 --tokens 1000,1023,1100,16384"
+    assert main(["plan", *options.split(), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    thousand, lucky, unlucky, longest = plan["requests"]
+    pages = PageMath(find_model("llama-3-8b"), 2 * MIB)
+    assert (thousand["shortest"], thousand["longest"]) == (500, 1500)
+    assert thousand["vattn"]["bytes"] == sum(pages.mapped_bytes(n) for n in range(500, 1501)) / 1001
+    assert thousand["paged_16"]["bytes"] == sum(paged_bytes(pages.geometry, n) for n in range(500, 1501)) / 1001
+    assert thousand["used_bytes"] == 1000 * pages.geometry.token_bytes
+    assert thousand["vattn"]["fit"] == 40 * 1024**3 // thousand["vattn"]["bytes"] == 216
+    assert thousand["vattn"]["waste"] == pytest.approx(0.338, abs=5e-4)
+    assert lucky["vattn"]["waste"] == pytest.approx(unlucky["vattn"]["waste"], abs=0.02)
+    assert (longest["shortest"], longest["longest"]) == (16384, 16384), "no request is longer than --max-seq-len"
+
+
+def test_layers_a_tensor_are_those_that_a_cache_chooses(capsys: pytest.CaptureFixture[str]) -> None:
+    for model, size in [("llama-3-8b", "2MiB"), ("yi-34b", "2MiB"), ("deepseek-v3", "4MiB"), ("qwen3-8b", "64KiB")]:
+        assert main(["plan", "--model", model, "--page-size", size, "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        for other in plan["page_sizes"]:
+            geometry = {name: value for name, value in asdict(find_model(model)).items() if name != "name"}
+            with vattn.KVCache(
+                **geometry, max_batch_size=1, max_seq_len=4096, device="meta", page_size=other["page_size"]
+            ) as cache:
+                assert other["layers_per_tensor"] == cache.layers_per_tensor
+                assert other["tokens_per_page"] == cache.tokens_per_page
+                if other["page_size"] == plan["page_size"]:
+                    assert plan["layers_per_tensor"] == cache.layers_per_tensor
+    assert main(["plan", "--layout", "HND", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers_per_tensor"] == 1
 
 
 @pytest.mark.parametrize("size", [64 * 1024, 2 * MIB, 8 * MIB, 64 * MIB])
@@ -97,16 +131,17 @@ def test_pages_grown_are_those_a_cache_creates(size: int) -> None:
 
 
 def test_page_sizes_say_what_larger_pages_cost_and_save(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model", "llama-3-8b", "--tokens", "1000,4000", "--json"]) == 0
+    options = ["--layers-per-tensor", "1", "--tokens", "1000,4000"]
+    assert main(["plan", "--model", "llama-3-8b", *options, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["call_us"] == {"create": 193, "map": 1.5, "set_access": 36}
     sizes = plan["page_sizes"]
     assert [size["page_size"] // MIB for size in sizes] == [2, 4, 8, 16, 32, 64]
     assert [size["tokens_per_page"] for size in sizes] == [1024, 2048, 4096, 8192, 16384, 32768]
     assert [[n["fit"] for n in size["requests"]] for size in sizes] == [
-        [320, 80],
-        [160, 80],
-        [80, 80],
+        [216, 72],
+        [160, 64],
+        [80, 54],
         [40, 40],
         [20, 20],
         [10, 10],
@@ -133,8 +168,8 @@ def test_the_page_size_asked_for_is_among_them(size: str, rows: int, capsys: pyt
 def test_text_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "llama-3-8b"]) == 0
     out = capsys.readouterr().out
-    assert "tokens a page" in out
-    assert "1,024" in out
+    assert "16 of 32 layers a tensor" in out
+    assert out.index("suggested: ") < out.index("bytes a token"), "what to do comes first"
     assert "requests that fit 40 GiB" in out
     assert "other --page-size" in out
     assert "published for an A100, not measured here: create 193 us, map 1.5 us, set_access 36 us" in out

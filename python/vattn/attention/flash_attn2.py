@@ -1,7 +1,8 @@
 """flash-attn 2's `flash_attn_with_kvcache`: rows by `cache_batch_idx`, or blocks by `block_table`.
 
-What it promises: keys past a length are not read. Lengths are read from the device. Rows that are not the first n in
-order are named by `cache_batch_idx`, which makes the library take its split-KV kernel, as a block table does.
+What it promises: keys past a length are not read. Tokens may be any stride apart, so any layers_per_tensor will do.
+Lengths are read from the device. Rows that are not the first n in order are named by `cache_batch_idx`, which makes the
+library take its split-KV kernel, as a block table does.
 
 Thread: any.
 """

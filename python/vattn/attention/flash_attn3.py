@@ -2,9 +2,10 @@
 
 What it is: `torch.ops._vllm_fa3_C.fwd`, from `_vllm_fa3_C.abi3.so`: an installed vllm has it, or `load` opens a copy.
 
-What it promises: lengths are read from the device. It loads whole tiles: **up to 176 tokens past a length (192 with
-head dims up to 64) are read**, and what they hold is multiplied by 0: they must be mapped and no NaN. That is what
-`KVCache(guard_tokens=176)` is for, and a cache without it is refused.
+What it promises: lengths are read from the device. Tokens may be any stride apart, so any layers_per_tensor will do. It
+loads whole tiles: **up to 176 tokens past a length (192 with head dims up to 64) are read**, and what they hold is
+multiplied by 0: they must be mapped and no NaN. That is what `KVCache(guard_tokens=176)` is for, and a cache without it
+is refused.
 
 Thread: any. The operator's schema is looked at and arguments are passed by name, since it changes from release to
 release; one that cannot be filled in is a KernelUnavailableError.

@@ -1,8 +1,9 @@
 """FlashInfer: `single_prefill` and `single_decode` on one row, and its batch wrappers on blocks.
 
-What it promises: exact lengths, taken from the host when a launch is prepared: FlashInfer plans its work there, so a
-captured graph is good for those lengths only. One request in a row is read as a view. Several are handed to the batch
-wrapper as blocks of a whole row each, one a request: legal, but then it cannot split a request among multiprocessors.
+What it promises: tokens may be any stride apart, so any layers_per_tensor will do. Exact lengths, taken from the host
+when a launch is prepared: FlashInfer plans its work there, so a captured graph is good for those lengths only. One
+request in a row is read as a view. Several are handed to the batch wrapper as blocks of a whole row each, one a
+request: legal, but then it cannot split a request among multiprocessors.
 
 Thread: any; prepared launches of one device share a workspace: launch them on one stream.
 """

@@ -10,6 +10,10 @@ Thread: any; a `Rows` or `Blocks` whose lengths change belongs to one.
 
 Shapes: q and the result are (n, queries, q_heads, dim); k and v (slots, tokens, heads, dim) or (blocks, block size,
 heads, dim), with any strides but the last, which is 1.
+
+Where several layers share a tensor (`KVCache(layers_per_tensor=)`, and so the default on cuda), the tokens of a view
+are layers x heads x dim apart. The adapters here pass strides on; one whose kernel cannot take them says so in
+`misfit`, and the way out is `KVCache(dense=True)`: one layer a tensor.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 What it is: exact views of the tokens in use, read where they lie, with no mask: one call for rows of equal length that
 lie at equal distances, else one call a request, which costs less than one masked call over the longest.
 
-What it promises: nothing outside a row's tokens is read; no key or value is copied. On cuda it is torch's flash kernel
+What it promises: nothing outside a row's tokens is read; no key or value is copied, however far apart tokens are (any
+layers_per_tensor). On cuda it is torch's flash kernel
 where that takes the dtype: torch would rather choose cuDNN's on compute capability 9.0, which builds a graph for every
 length anew.
 

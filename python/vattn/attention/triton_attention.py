@@ -4,8 +4,9 @@ What it is: the launcher of `triton_kernels`. It is no match for hand-written ke
 code with and without a block table, runs wherever Triton does, and in Triton's interpreter on a machine without a GPU
 (``TRITON_INTERPRET=1`` before the first import of this file).
 
-What it promises: nothing past a length is read, so no guard is needed; lengths are read from the device; results do not
-depend on whether memory is rows or blocks, bit for bit, where the tile is the same.
+What it promises: any strides, so any layers_per_tensor; nothing past a length is read, so no guard is needed; lengths
+are read from the device; results do not depend on whether memory is rows or blocks, bit for bit, where the tile is the
+same.
 
 Thread: any. A prepared launch keeps the scratch of its splits: launch it on one stream at a time.
 """

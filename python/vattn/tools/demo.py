@@ -38,7 +38,7 @@ _REPLAY = {
     "device": "meta",
     "memory": 16 * 1024**3,
     "page_size": 2 * 1024**2,
-    "layers_per_tensor": 32,
+    "layers_per_tensor": None,
     "layout": None,
     "max_seq_len": 16_384,
     "max_batch": 256,

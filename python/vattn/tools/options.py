@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 from vattn.sizes import parse_size
-from vattn.tools.geometry import DTYPE_BYTES, Geometry, find_model
+from vattn.tools.geometry import DTYPE_BYTES, Geometry, find_model, notes_of
+from vattn.tools.model_config import ModelConfig, read_config
 
 DEFAULT_MODEL = "llama-3-8b"
 
@@ -94,9 +95,12 @@ token_counts = _checked(lambda text: [_integer(part, 1) for part in text.split("
 def add_geometry(parser: argparse.ArgumentParser) -> None:
     """Options that say what a token is made of."""
     group = parser.add_argument_group(
-        "model", "a known model by name, or its numbers; numbers given beside a name replace its own"
+        "model", "a known model by name, its configuration, or its numbers; numbers given beside replace its own"
     )
-    group.add_argument("--model", metavar="NAME", help=f"such as llama-3-8b or qwen2.5-7b (default: {DEFAULT_MODEL})")
+    help_model = f"such as llama-3-8b or Qwen/Qwen3-8B (default: {DEFAULT_MODEL})"
+    group.add_argument("--model", metavar="NAME", help=help_model)
+    help_config = "a config.json as Hugging Face writes it, or a folder with one: any model, known by name or not"
+    group.add_argument("--config", metavar="PATH", help=help_config)
     group.add_argument("--num-layers", type=positive, metavar="N", help="attention layers")
     group.add_argument("--num-kv-heads", type=positive, metavar="N", help="key and value heads")
     group.add_argument("--head-dim", type=positive, metavar="N", help="elements a head")
@@ -108,14 +112,21 @@ def add_geometry(parser: argparse.ArgumentParser) -> None:
 
 def geometry_of(args: argparse.Namespace) -> Geometry:
     """The geometry those options describe."""
+    return model_of(args).geometry
+
+
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    """The geometry those options describe, and what it leaves out of the model."""
     given = {
         name: getattr(args, name)
         for name in ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "dtype")
         if getattr(args, name) is not None
     }
     missing = [name for name in ("num_layers", "num_kv_heads", "head_dim") if name not in given]
+    if args.config is not None:
+        return _from_config(args, given)
     if args.model is None and not missing:
-        return Geometry(**given)
+        return ModelConfig(Geometry(**given), ())
     if args.model is None and len(missing) < 3:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise UsageError(f"without --model, give {options} too")
@@ -123,6 +134,22 @@ def geometry_of(args: argparse.Namespace) -> Geometry:
         model = find_model(args.model or DEFAULT_MODEL)
     except ValueError as error:
         raise UsageError(f"argument --model: {error}") from None
+    return ModelConfig(_changed(model, given), notes_of(model))
+
+
+def _from_config(args: argparse.Namespace, given: dict[str, Any]) -> ModelConfig:
+    if args.model is not None:
+        raise UsageError("argument --config: give either --model or --config")
+    try:
+        found = read_config(args.config)
+    except OSError as error:
+        raise UsageError(f"argument --config: {os_error(error)}") from None
+    except ValueError as error:
+        raise UsageError(f"argument --config: {error}") from None
+    return replace(found, geometry=_changed(found.geometry, given))
+
+
+def _changed(model: Geometry, given: dict[str, Any]) -> Geometry:
     if "head_dim" in given and "v_head_dim" not in given and model.v_head_dim is not None:
         raise UsageError(f"argument --head-dim: {model.name} has a V of its own size; give --v-head-dim too")
     return replace(model, **given, name=model.name if not given else f"{model.name}, changed")
@@ -135,7 +162,11 @@ def add_pages(parser: argparse.ArgumentParser, page_size: str) -> None:
         "--page-size", type=size, metavar="SIZE", help=f"bytes a page, such as 2MiB (default: {page_size})"
     )
     group.add_argument(
-        "--layers-per-tensor", type=positive, default=1, metavar="N", help="layers that share a page (default: 1)"
+        "--layers-per-tensor",
+        type=positive,
+        metavar="N",
+        help="layers that share a page (default: the library's: 1 on cpu, else so many that a page holds at most 64 "
+        "tokens)",
     )
     group.add_argument("--layout", choices=("NHD", "HND"), help="token-major or head-major (default: the library's)")
     group.add_argument(

@@ -18,6 +18,9 @@ PAGED_BLOCK_TOKENS = 16
 #: not measured here. A call takes about as long whatever the size of its page.
 PUBLISHED_CALL_US = {"create": 193.0, "map": 1.5, "set_access": 36.0}
 
+#: Layers share a tensor, where nobody says how many, until a page holds so few tokens of it.
+TOKENS_IN_A_PAGE = 64
+
 # Lengths looked at for the worst and the mean: past this many both have settled, and odd page sizes have long periods.
 _MAX_LENGTHS = 1 << 18
 
@@ -79,6 +82,11 @@ class PageMath:
             for count, token in self.rows
         )
 
+    def mean_bytes(self, tokens: int, longest: int | None = None) -> float:
+        """Memory that a request of about ``tokens`` takes on average."""
+        first, last = lengths_about(tokens, longest)
+        return self.mapped_over(first, last) / (last - first + 1)
+
     def pages_grown(self, tokens: int) -> float:
         """Pages a slot takes, in the long run, while it grows by ``tokens``: of any length, not from 0."""
         return sum(count * tokens * token for count, token in self.rows) / self.page_size
@@ -99,6 +107,32 @@ class PageMath:
         return max(waste), (periods * sum(waste) + sum(waste[:rest])) / considered
 
 
+def lengths_about(tokens: int, longest: int | None = None) -> tuple[int, int]:
+    """The first and last of the lengths that "about ``tokens``" means, all of them as likely.
+
+    From half of it to half as much again, or as far as ``longest`` lets them go to both sides. One length may end at a
+    page's end by luck; these do not.
+    """
+    first, last = max(1, tokens // 2), tokens + tokens // 2
+    if longest is not None and last > longest:
+        first, last = max(1, tokens - (longest - tokens)), longest
+    return first, last
+
+
+def default_layers_per_tensor(geometry: Geometry, page_size: int, layout: str | None = None) -> int:
+    """What a cache on cuda or meta chooses that is not told.
+
+    The smallest divisor of its layers with which a page holds at most 64 tokens of every tensor, else all layers; 1 for
+    head-major tensors.
+    """
+    if layout == "HND":
+        return 1
+    least = min(dim for dim in (geometry.head_dim, geometry.value_dim) if dim)
+    tokens = page_size // (geometry.num_kv_heads * least * geometry.itemsize)
+    layers = geometry.num_layers
+    return next((n for n in range(1, layers) if layers % n == 0 and tokens // n <= TOKENS_IN_A_PAGE), layers)
+
+
 def _sum_of_ceilings(count: int, token: int, page: int) -> int:
     """Sum of ``ceil(n * token / page)`` over n from 1 to ``count``, in logarithmic time."""
     # ceil(n * token / page) = floor((n * token + page - 1) / page): the lattice points under a line, counted as in
@@ -117,3 +151,9 @@ def _sum_of_ceilings(count: int, token: int, page: int) -> int:
 def paged_bytes(geometry: Geometry, tokens: int) -> int:
     """Memory a request takes under paging with blocks of 16 tokens."""
     return -(-tokens // PAGED_BLOCK_TOKENS) * PAGED_BLOCK_TOKENS * geometry.token_bytes
+
+
+def paged_over(geometry: Geometry, first: int, last: int) -> int:
+    """The same of requests of every length from ``first`` to ``last``, together."""
+    blocks = _sum_of_ceilings(last, 1, PAGED_BLOCK_TOKENS) - _sum_of_ceilings(first - 1, 1, PAGED_BLOCK_TOKENS)
+    return blocks * PAGED_BLOCK_TOKENS * geometry.token_bytes

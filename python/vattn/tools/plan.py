@@ -1,7 +1,8 @@
-"""``vattn plan``: what pages cost a model's requests, how many fit a budget, and which pages to use.
+"""``vattn plan``: which pages to use, what pages cost a model's requests, and how many fit a budget.
 
-Promise: pure arithmetic (pages.py), no cache, no device, nothing installed; the same numbers a KVCache of those
-parameters counts. Thread: the main one.
+A length stands for requests of about that length (``pages.lengths_about``), and what is said of them is their mean: one
+length may end at a page's end by luck. Promise: pure arithmetic (pages.py), no cache, no device, nothing installed; the
+same numbers a KVCache of those parameters counts. Thread: the main one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 from vattn.sizes import format_size, parse_size
 from vattn.tools.geometry import Geometry
-from vattn.tools.options import UsageError, geometry_of
-from vattn.tools.pages import PUBLISHED_CALL_US, PageMath, paged_bytes
+from vattn.tools.options import UsageError, model_of
+from vattn.tools.pages import PUBLISHED_CALL_US, PageMath, default_layers_per_tensor, lengths_about, paged_over
 from vattn.tools.suggest import in_words, suggest, to_json
 from vattn.tools.table import print_table
 
@@ -27,8 +29,10 @@ DEFAULT_MAX_WASTE = 5.0  # percent
 
 def run(args: argparse.Namespace) -> int:
     """The command: compute and print."""
+    model = model_of(args)
     plan = make_plan(
-        geometry_of(args),
+        model.geometry,
+        notes=model.notes,
         memory=parse_size(args.memory, "memory"),
         page_size=args.page_size or DEFAULT_PAGE_SIZE,
         layout=args.layout or "NHD",
@@ -50,14 +54,16 @@ def make_plan(
     memory: int,
     page_size: int,
     layout: str,
-    layers_per_tensor: int,
+    layers_per_tensor: int | None,
     max_seq_len: int,
+    notes: tuple[str, ...] = (),
     tokens: list[int] | None = None,
     max_waste: float = DEFAULT_MAX_WASTE / 100,
 ) -> dict[str, Any]:
     """Everything ``plan --json`` prints."""
+    chosen = layers_per_tensor or default_layers_per_tensor(geometry, page_size, layout)
     try:
-        pages = PageMath(geometry, page_size, layers_per_tensor, layout)
+        pages = PageMath(geometry, page_size, chosen, layout)
     except ValueError as error:
         raise UsageError(str(error)) from None
     lengths = tokens or [n for n in DEFAULT_TOKENS if n <= max_seq_len] or [max_seq_len]
@@ -71,8 +77,9 @@ def make_plan(
         "head_dim": geometry.head_dim,
         "v_head_dim": geometry.value_dim,
         "dtype": geometry.dtype,
+        "notes": list(notes),
         "layout": layout,
-        "layers_per_tensor": layers_per_tensor,
+        "layers_per_tensor": chosen,
         "page_size": page_size,
         "memory_bytes": memory,
         "max_seq_len": max_seq_len,
@@ -84,23 +91,27 @@ def make_plan(
         "requests": [_request(pages, n, memory, max_seq_len) for n in lengths],
         "choices": _choices(pages, max_seq_len) if layout == "NHD" else [],
         "call_us": PUBLISHED_CALL_US,
-        "page_sizes": _page_sizes(pages, lengths, memory, max_seq_len),
-        "suggestion": to_json(suggest(pages, _sizes(page_size), min(lengths), max_waste), lengths, memory),
+        "page_sizes": _page_sizes(pages, layers_per_tensor, lengths, memory, max_seq_len),
+        "suggestion": to_json(suggest(pages, _sizes(page_size), min(lengths), max_waste), lengths, memory, max_seq_len),
     }
 
 
 def _request(pages: PageMath, tokens: int, memory: int, max_seq_len: int) -> dict[str, Any]:
-    """One length of request, under vattn and under the two it is compared with."""
-    used = pages.used_bytes(tokens)
+    """Requests of about one length, under vattn and under the two it is compared with: means over the lengths."""
+    first, last = lengths_about(tokens, max_seq_len)
+    used = pages.used_bytes(first + last) / 2
+    paged = paged_over(pages.geometry, first, last) / (last - first + 1)
 
-    def arm(mapped: int) -> dict[str, Any]:
-        return {"bytes": mapped, "waste_bytes": mapped - used, "waste": 1 - used / mapped, "fit": memory // mapped}
+    def arm(mapped: float) -> dict[str, Any]:
+        return {"bytes": mapped, "waste_bytes": mapped - used, "waste": 1 - used / mapped, "fit": int(memory // mapped)}
 
     return {
         "tokens": tokens,
+        "shortest": first,
+        "longest": last,
         "used_bytes": used,
-        "vattn": arm(pages.mapped_bytes(tokens)),
-        "paged_16": arm(paged_bytes(pages.geometry, tokens)),
+        "vattn": arm(pages.mean_bytes(tokens, max_seq_len)),
+        "paged_16": arm(paged),
         "static": arm(pages.used_bytes(max_seq_len)),
     }
 
@@ -129,8 +140,12 @@ def _sizes(asked_for: int) -> list[int]:
     return sorted({asked_for, *OTHER_PAGE_SIZES})
 
 
-def _page_sizes(pages: PageMath, lengths: list[int], memory: int, max_seq_len: int) -> list[dict[str, Any]]:
+def _page_sizes(
+    pages: PageMath, asked_layers: int | None, lengths: list[int], memory: int, max_seq_len: int
+) -> list[dict[str, Any]]:
     """What larger pages cost (memory that holds nothing) and save (driver calls).
+
+    With as many layers a tensor as were asked for, else as many as a cache of that page size chooses.
 
     Calls are those of one slot that grows by 1,000 tokens one at a time, nothing being in the pool: each page is then a
     create, a map and a set_access of its own. A prompt makes one set_access a row for all its pages, and a page out of
@@ -138,17 +153,19 @@ def _page_sizes(pages: PageMath, lengths: list[int], memory: int, max_seq_len: i
     """
     found = []
     for size in _sizes(pages.page_size):
-        other = replace(pages, page_size=size)
+        layers = asked_layers or default_layers_per_tensor(pages.geometry, size, pages.layout)
+        other = replace(pages, page_size=size, layers_per_tensor=layers)
         worst, mean = other.waste_over(max_seq_len)
         grown = other.pages_grown(GROWN_TOKENS)
         found.append(
             {
                 "page_size": size,
+                "layers_per_tensor": layers,
                 "tokens_per_page": other.tokens_per_page,
                 "page_group_bytes": other.page_group_bytes,
                 "worst_waste_bytes": worst,
                 "mean_waste_bytes": mean,
-                "requests": [{"tokens": n, "fit": memory // other.mapped_bytes(n)} for n in lengths],
+                "requests": [{"tokens": n, "fit": int(memory // other.mean_bytes(n, max_seq_len))} for n in lengths],
                 "calls_per_1000_tokens": dict.fromkeys(PUBLISHED_CALL_US, grown),
                 "call_us_per_1000_tokens": grown * sum(PUBLISHED_CALL_US.values()),
             }
@@ -161,8 +178,12 @@ def _print(plan: dict[str, Any]) -> None:
         plan["num_layers"], plan["num_kv_heads"], plan["head_dim"], plan["v_head_dim"], plan["dtype"], plan["model"]
     )
     print(geometry)
+    for note in plan["notes"]:
+        print(fill(note, 110, initial_indent="  ", subsequent_indent="  "))
+    print()
+    print(in_words(plan["suggestion"], plan["num_layers"]))
     print(
-        f"pages of {format_size(plan['page_size'])}, {plan['layout']}, "
+        f"\npages of {format_size(plan['page_size'])}, {plan['layout']}, "
         f"{plan['layers_per_tensor']} of {plan['num_layers']} layers a tensor, "
         f"up to {plan['max_seq_len']:,} tokens a request\n"
     )
@@ -184,8 +205,9 @@ def _print(plan: dict[str, Any]) -> None:
         rows.append(
             [f"{request['tokens']:,}"] + [f"{arm['fit']:,}" for arm in arms] + [f"{arm['waste']:.1%}" for arm in arms]
         )
-    columns = ["tokens a request", "vattn", "paged, 16", "static", "vattn waste", "paged waste", "static waste"]
+    columns = ["about so many tokens", "vattn", "paged, 16", "static", "vattn waste", "paged waste", "static waste"]
     print_table(f"requests that fit {format_size(plan['memory_bytes'])}", columns, rows)
+    print("about n tokens: the mean over all lengths from half of n to half as much again, up to the longest request")
     if len(plan["choices"]) > 1:
         print()
         rows = [
@@ -203,15 +225,14 @@ def _print(plan: dict[str, Any]) -> None:
         )
     print()
     _print_page_sizes(plan)
-    print()
-    print(in_words(plan["suggestion"], plan["num_layers"]))
 
 
 def _print_page_sizes(plan: dict[str, Any]) -> None:
-    fits = [f"fit, {request['tokens']:,} tokens" for request in plan["requests"]]
+    fits = [f"fit, about {request['tokens']:,}" for request in plan["requests"]]
     rows = [
         [
             format_size(size["page_size"]),
+            f"{size['layers_per_tensor']}",
             f"{size['tokens_per_page']:,}",
             format_size(size["page_group_bytes"]),
             format_size(size["mean_waste_bytes"]),
@@ -221,7 +242,16 @@ def _print_page_sizes(plan: dict[str, Any]) -> None:
         ]
         for size in plan["page_sizes"]
     ]
-    columns = ["page", "tokens a page", "page group", "mean waste", *fits, "calls of each kind", "time of calls"]
+    columns = [
+        "page",
+        "layers",
+        "tokens a page",
+        "page group",
+        "mean waste",
+        *fits,
+        "calls of each kind",
+        "time of calls",
+    ]
     print_table("other --page-size", columns, rows)
     costs = ", ".join(f"{name} {us:g} us" for name, us in plan["call_us"].items())
     print(

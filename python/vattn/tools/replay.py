@@ -24,7 +24,7 @@ from vattn.tools import plots
 from vattn.tools.geometry import Geometry
 from vattn.tools.memories import PagedMemory, StaticMemory
 from vattn.tools.options import CheckError, UsageError, geometry_of, os_error
-from vattn.tools.pages import PageMath
+from vattn.tools.pages import PageMath, default_layers_per_tensor
 from vattn.tools.progress import progress
 from vattn.tools.scheduler import Figures, Memory, Workload, simulate
 from vattn.tools.table import print_table
@@ -53,6 +53,7 @@ class Report:
     paged_16: Figures
     static: Figures
     lookahead_tokens: int
+    time_passes: bool  # the device maps while the library waits; meta does all at once
     warm_up: int
     admissions: Admissions
     steps: int
@@ -109,7 +110,7 @@ class Report:
             [f"prompts, the first {self.warm_up:,} left out", f"{self.admissions.prompts:,}", "", ""],
             ["of them, no page created", _share(self.admissions.no_create_share), "", ""],
             ["of them, no driver call", _share(self.admissions.no_driver_call_share), "", ""],
-            ["steps that waited for pages", f"{self.steps_waited:,} of {self.steps:,}", "", ""],
+            *self._waiting(),
             ["driver calls", f"{self.driver_calls:,}", "", ""],
             ["step, median", f"{self.step_us_p50:.1f} us", "", ""],
             ["step, 99th percentile", f"{self.step_us_p99:.1f} us", "", ""],
@@ -117,6 +118,12 @@ class Report:
         if self.verified_bytes:
             rows.append(["bytes verified", format_size(self.verified_bytes), "", ""])
         print_table(self.title, ["", "vattn", "paged, 16 tokens", "static"], rows)
+
+    def _waiting(self) -> list[list[str]]:
+        """Where no time passes between two steps, a step that finds pages missing has not waited for anybody."""
+        if not self.time_passes:
+            return []
+        return [["steps that waited for pages", f"{self.steps_waited:,} of {self.steps:,}", "", ""]]
 
 
 def _share(value: float | None) -> str:
@@ -220,7 +227,8 @@ def _lookahead(args: argparse.Namespace, geometry: Geometry) -> int | None:
     if args.lookahead is not None or args.device != "meta":
         return cast("int | None", args.lookahead)
     page_size = args.page_size or DEFAULT_META_PAGE
-    return PageMath(geometry, page_size, args.layers_per_tensor, args.layout or "NHD").lookahead_tokens
+    layers = args.layers_per_tensor or default_layers_per_tensor(geometry, page_size, args.layout)
+    return PageMath(geometry, page_size, layers, args.layout or "NHD").lookahead_tokens
 
 
 def workload(args: argparse.Namespace, trace: Trace) -> Workload:
@@ -258,7 +266,7 @@ def replay(
     load = f"{len(trace):,} requests at {args.speed:g} times their speed, {args.iteration_ms:g} ms an iteration"
     model_and_memory = (
         f"{geometry}; {format_size(budget)} on {args.device}, pages of {format_size(cache.page_size)}, "
-        f"{cache.tokens_per_page:,} tokens a page"
+        f"{cache.layers_per_tensor} layers and {cache.tokens_per_page:,} tokens a page"
     )
     ahead = f"{cache.lookahead_tokens:,} tokens mapped ahead" if cache.lookahead_tokens else "nothing mapped ahead"
     stats = cache.stats()
@@ -272,6 +280,7 @@ def replay(
         paged_16=figures["paged_16"],
         static=figures["static"],
         lookahead_tokens=cache.lookahead_tokens,
+        time_passes=args.device != "meta",
         warm_up=args.warm_up,
         admissions=ours.admissions(),
         steps=len(ours.step_ns),

@@ -5,9 +5,9 @@ in a page) waste less, since a request wastes half a page a row. Large pages nee
 tensors are what kernels are used to: a sliced one has larger strides. So slicing is used as far as the waste asks for
 it, and then pages are made as large as the waste allows.
 
-"Waste at n tokens" is meant for requests of about that length, all from half of it to one and a half times as likely: a
-single length may end at a page's end by luck. Promise: pure arithmetic, exact; the suggestion's waste never grows when
-pages get smaller or slices larger. Thread: any.
+"Waste at n tokens" is meant for requests of about that length, as :func:`vattn.tools.pages.lengths_about` has it.
+Promise: pure arithmetic, exact; the suggestion's waste never grows when pages get smaller or slices larger. Thread:
+any.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from textwrap import fill
 from typing import Any
 
 from vattn.sizes import format_size
-from vattn.tools.pages import PUBLISHED_CALL_US, PageMath
+from vattn.tools.pages import PUBLISHED_CALL_US, PageMath, lengths_about
 
 #: How fast everyone grows where calls a second are given: a token an iteration of this long, as in a replay.
 ITERATION_MS = 25.0
@@ -74,8 +74,8 @@ def _layers(per_tensor: int, layers: int) -> str:
 
 
 def waste_about(pages: PageMath, tokens: int) -> float:
-    """The share of memory wasted by requests of ``tokens``, those from half of it to one and a half being as likely."""
-    first, last = max(1, tokens // 2), tokens + tokens // 2
+    """The share of memory wasted by requests of about ``tokens``."""
+    first, last = lengths_about(tokens)
     used = pages.geometry.token_bytes * (first + last) * (last - first + 1) // 2
     return 1 - used / pages.mapped_over(first, last)
 
@@ -107,10 +107,10 @@ def suggest(pages: PageMath, page_sizes: Sequence[int], tokens: int, max_waste: 
     return Suggestion(best, tokens, waste, max_waste, considered[0][1], considered)
 
 
-def to_json(found: Suggestion, lengths: Sequence[int], memory: int) -> dict[str, Any]:
-    """What ``plan --json`` says of it."""
+def to_json(found: Suggestion, lengths: Sequence[int], memory: int, longest: int) -> dict[str, Any]:
+    """What ``plan --json`` says of it, for requests of at most ``longest`` tokens."""
     pages = found.pages
-    fit = memory // pages.mapped_bytes(found.tokens)
+    fit = int(memory // pages.mean_bytes(found.tokens, longest))
     grown = pages.pages_grown(1)
     calls = grown * fit * 1000 / ITERATION_MS
     on_gpu = pages.page_size >= GPU_PAGE  # the published figures are of such pages
@@ -124,7 +124,7 @@ def to_json(found: Suggestion, lengths: Sequence[int], memory: int) -> dict[str,
         "waste": found.waste,
         "max_waste": found.max_waste,
         "within": found.within,
-        "requests": [{"tokens": n, "fit": memory // pages.mapped_bytes(n)} for n in lengths],
+        "requests": [{"tokens": n, "fit": int(memory // pages.mean_bytes(n, longest))} for n in lengths],
         "calls_per_token": grown,
         "iteration_ms": ITERATION_MS,
         "growing": fit,
@@ -149,7 +149,7 @@ def in_words(suggestion: dict[str, Any], num_layers: int) -> str:
         sentences.append(
             f"When the {growing:,} such requests that fit all grow by a token every {suggestion['iteration_ms']:g} ms, "
             f"that is {suggestion['calls_per_second']:,.1f} driver calls of each kind a second"
-            + ("." if share is None else f", {share:.1%} of a thread's time by the published figures above.")
+            + ("." if share is None else f", {share:.1%} of a thread's time by the published figures below.")
         )
     sentences.append(f"The rule: {suggestion['rule']}.")
     first = (

@@ -47,6 +47,7 @@ OPTIONS = (
     "unmapped_reads",
     "guard_tokens",
     "scrub",
+    "dense",
 )
 
 
@@ -59,9 +60,9 @@ class VattnCache(DynamicCache):
     what is held to a larger KVCache, which is a copy.
 
     Options go to vattn.KVCache: `page_size`, `memory_limit`, `layout`, `unmapped_reads`, `guard_tokens`, `scrub`,
-    `layers_per_tensor`, `pool`, `lookahead_tokens` (on the CPU 0 unless given: there it hides nothing), `warm_tokens`,
-    and `dtype` and `device`, which otherwise follow the model's first keys. Layers of different shapes have a KVCache
-    each, and each has the whole `memory_limit`; with a `pool` they share its one.
+    `layers_per_tensor`, `dense`, `pool`, `lookahead_tokens` (on the CPU 0 unless given: there it hides nothing),
+    `warm_tokens`, and `dtype` and `device`, which otherwise follow the model's first keys. Layers of different shapes
+    have a KVCache each, and each has the whole `memory_limit`; with a `pool` they share its one.
 
     For an encoder-decoder model it is an EncoderDecoderCache too, with the decoder's own tokens in vattn memory; inside
     an `EncoderDecoderCache(VattnCache(...), ...)` it is a plain half of one.

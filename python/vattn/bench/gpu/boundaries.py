@@ -257,6 +257,7 @@ def make_cache(bed: Bed, guard: int) -> tuple[vattn.KVCache, list[int]]:
         lookahead_tokens=0,
         warm_tokens=0,
         guard_tokens=guard,
+        dense=True,
     )
     for slot, length in zip(cache.alloc_block(len(lengths)), lengths, strict=True):
         # To the end of the last page, then cut: the rest of the page is NaN, the next one was never mapped.

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 K = 1024
-#: The tensors of one layer are shared by so many layers, where that is measured too.
-SLICES = (4, 32)
+#: So many layers share a tensor, where that is measured too; 16 is a cache's own choice for Llama-3-8B, pages of 2 MiB.
+SLICES = (4, 16, 32)
 #: Reads of one arm go round at least so many bytes, several times what a GPU caches: its layers.
 ROTATED_BYTES = 256 << 20
 MOST_LAYERS = 32

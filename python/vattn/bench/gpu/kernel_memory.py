@@ -150,7 +150,8 @@ class KernelMemory:
             layout="NHD",
             lookahead_tokens=0,
             warm_tokens=0,
-            **{"max_batch_size": self.setting.batch, "max_seq_len": self.tokens, "guard_tokens": GUARD, **more},
+            **{"max_batch_size": self.setting.batch, "max_seq_len": self.tokens, "guard_tokens": GUARD}
+            | {"layers_per_tensor": 1, **more},
         )
         self._caches.append(cache)
         return cache

@@ -1,7 +1,7 @@
 """E1 and E2: what a kernel gains or loses on vattn's memory, and what a block table costs, in prefill and in decode.
 
 A case is one kernel at one shape. Its arms are the same kernel on plain memory, on a cache of vattn (pages in order,
-shuffled; at some contexts with 4 and 32 layers a tensor), and paged with blocks of 16, 64, 128 and 256 tokens, the
+shuffled; at some contexts with 4, 16 and 32 layers a tensor), and paged with blocks of 16, 64, 128 and 256 tokens, the
 table in order and random. Where paging makes a kernel split a request's keys, a contiguous arm that splits stands
 beside it; Triton's tiles are no larger than a block, so a contiguous arm with tiles of 16 stands beside paged 16.
 

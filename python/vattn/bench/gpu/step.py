@@ -137,7 +137,7 @@ def _growth(settings: Settings, parameters: dict[str, Any], copier: Copier) -> C
         with vattn.PagePool(settings.device, memory_limit=limit, page_size=page) as pool:
             for name in samples:
                 shape: dict[str, Any] = {"max_batch_size": 1, "max_seq_len": (pages + 1) * tokens, "dtype": "bfloat16"}
-                shape |= {"device": settings.device, "pool": pool, "warm_tokens": 0}
+                shape |= {"device": settings.device, "pool": pool, "warm_tokens": 0, "dense": True}
                 ahead = tokens if name == AHEAD else 0
                 with vattn.KVCache(layers, HEADS, HEAD_DIM, lookahead_tokens=ahead, **shape) as cache:
                     slot = cache.alloc()

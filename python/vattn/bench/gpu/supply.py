@@ -98,7 +98,7 @@ class ThroughStep:
         """Seconds to map 8 pages in every row, `run` at a time."""
         cache = vattn.KVCache(
             self.layers, HEADS, HEAD_DIM, max_batch_size=self.slots, max_seq_len=8 * self.tokens, dtype="bfloat16",
-            device=self.device, pool=self._pool, lookahead_tokens=0, warm_tokens=0,
+            device=self.device, pool=self._pool, lookahead_tokens=0, warm_tokens=0, dense=True,
         )  # fmt: skip
         with cache:
             slots = cache.alloc_block(self.slots)

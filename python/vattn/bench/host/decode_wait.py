@@ -1,7 +1,8 @@
 """How long does a decode step wait for pages, with the mapper and without?
 
-32 requests from 512 tokens on, one token an iteration: 32 layers, 8 KV heads x 128 in bfloat16, one tensor a layer (64
-tensors), pages of 2 MiB. The real CUDA driver code runs on the fake libcuda (--fake-cuda), whose calls take as long as
+32 requests from 512 tokens on, one token an iteration: 32 layers, 8 KV heads x 128 in bfloat16, pages of 2 MiB, in 64
+tensors of one layer each (few pages, all of them at once) and in 4 of 16 layers (the default: many, a few at a time).
+The real CUDA driver code runs on the fake libcuda (--fake-cuda), whose calls take as long as
 published for an A100: create 193 us, map 1.5, access 36, unmap 26. Between two steps the program sleeps for the rest of
 an iteration, as a server waits for its GPU. How many steps waited is counted and is what must hold; how long is
 measured, on whatever machine this is. Each arm is a process of its own: a process opens one CUDA library.
@@ -25,30 +26,40 @@ ORDER = 80
 LATENCIES_NS = {"cuMemCreate": 193_000, "cuMemMap": 1_500, "cuMemSetAccess": 36_000, "cuMemUnmap": 26_000}
 REQUESTS = 32
 FIRST_LENGTH = 512
+LAYERS_PER_TENSOR = (1, 16)  # 16 is what a cache of this shape chooses
 LOOKAHEAD = {"mapper": None, "no look-ahead": 0}
 
 
+def _parameters(settings: Settings) -> list[dict[str, Any]]:
+    run = {"requests": REQUESTS, "iterations": 600 if settings.quick else 2000, "iteration_ms": 10.0}
+    return [{**run, "layers_per_tensor": layers} for layers in LAYERS_PER_TENSOR]
+
+
 def run(settings: Settings) -> Iterator[Case]:
-    iterations = 600 if settings.quick else 2000
-    parameters = {"requests": REQUESTS, "iterations": iterations, "iteration_ms": 10.0}
-    if settings.is_done(parameters):
-        return
-    if settings.fake_cuda is None:
-        why = "needs the fake libcuda of the tests: --fake-cuda build/test/tests/libfake_cuda.so"
-        yield Case("decode_wait", parameters, skipped=why)
-        return
+    for parameters in _parameters(settings):
+        if settings.is_done(parameters):
+            continue
+        if settings.fake_cuda is None:
+            why = "needs the fake libcuda of the tests: --fake-cuda build/test/tests/libfake_cuda.so"
+            yield Case("decode_wait", parameters, skipped=why)
+        else:
+            yield _measured(parameters, str(settings.fake_cuda))
+
+
+def _measured(parameters: dict[str, Any], library: str) -> Case:
     arms: list[Arm] = []
     facts: dict[str, Any] = {}
+    words = [str(parameters[name]) for name in ("iterations", "iteration_ms", "layers_per_tensor")]
     for name in LOOKAHEAD:
-        found = process.measure(__name__, str(settings.fake_cuda), name, iterations, str(parameters["iteration_ms"]))
+        found = process.measure(__name__, library, name, *words)
         arms.append(Arm(name, "us", found["steps_us"]))
         arms.append(Arm(f"steps that waited, {name}", "steps", [float(found["steps_waited_after_the_first"])]))
         facts |= {f"{key}, {name}": value for key, value in found.items() if key != "steps_us"}
     bounds = [Bound("steps that wait, after the first", "steps that waited, mapper", None, most=0)]
-    yield Case("decode_wait", parameters, arms, bounds, facts)
+    return Case("decode_wait", parameters, arms, bounds, facts)
 
 
-def measure(library: str, arm: str, iterations: int, iteration_ms: float) -> dict[str, Any]:
+def measure(library: str, arm: str, iterations: int, iteration_ms: float, layers_per_tensor: int) -> dict[str, Any]:
     """One arm: how long every step took after the first, and what the cache counted. Once a process."""
     os.environ["VATTN_CUDA_LIBRARY"] = os.path.abspath(library)  # before the first use of cuda here
     import numpy as np
@@ -61,7 +72,7 @@ def measure(library: str, arm: str, iterations: int, iteration_ms: float) -> dic
     fake.fake_cuda_set_fill(-1)  # sparse: the pages are never touched
     cache = vattn.KVCache(
         32, 8, 128, max_batch_size=REQUESTS, max_seq_len=8192, dtype="bfloat16", device="cuda:0", page_size="2MiB",
-        memory_limit="48GiB", lookahead_tokens=LOOKAHEAD[arm],
+        memory_limit="48GiB", lookahead_tokens=LOOKAHEAD[arm], layers_per_tensor=layers_per_tensor,
     )  # fmt: skip
     for entry, nanoseconds in LATENCIES_NS.items():
         fake.fake_cuda_set_latency(entry.encode(), ctypes.c_uint64(nanoseconds))
@@ -92,7 +103,9 @@ def measure(library: str, arm: str, iterations: int, iteration_ms: float) -> dic
     return found
 
 
-BENCHMARK = Benchmark("decode_wait", "host", "how long does a decode step wait for pages?", run, lambda _: 1)
+BENCHMARK = Benchmark(
+    "decode_wait", "host", "how long does a decode step wait for pages?", run, lambda _: len(LAYERS_PER_TENSOR)
+)
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))))
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))))

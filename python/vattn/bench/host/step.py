@@ -58,7 +58,7 @@ def _advancing(parameters: dict[str, Any], quick: bool) -> Case:
     lengths: Any = np.array(start, dtype=np.int64)
     with vattn.KVCache(
         32, 8, 128, max_batch_size=slots, max_seq_len=MAX_TOKENS, dtype="bfloat16", device="meta", page_size="64MiB",
-        lookahead_tokens=0,
+        lookahead_tokens=0, dense=True,
     ) as cache:  # fmt: skip
         cache.alloc_block(slots)
         cache.step(lengths)
@@ -96,8 +96,9 @@ def _unchanged(parameters: dict[str, Any], quick: bool) -> Case:
         "dict": dict.fromkeys(range(slots), 700),
     }
     with vattn.KVCache(
-        32, 8, 128, max_batch_size=slots, max_seq_len=8192, dtype="bfloat16", device="meta", lookahead_tokens=1024
-    ) as cache:
+        32, 8, 128, max_batch_size=slots, max_seq_len=8192, dtype="bfloat16", device="meta", lookahead_tokens=1024,
+        dense=True,
+    ) as cache:  # fmt: skip
         cache.alloc_block(slots)
         cache.step(lengths)
         cache.settle()

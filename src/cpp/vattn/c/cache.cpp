@@ -43,6 +43,7 @@ vattn::CacheConfig convert(const vattn_cache_config& from) {
   config.unmapped_reads = parse_reads(from.unmapped_reads);
   config.guard_tokens = from.guard_tokens;
   config.scrub = from.scrub != 0;
+  config.dense = from.dense != 0;
   config.lookahead_tokens = none_or_default(from.lookahead_tokens);
   config.warm_tokens = none_or_default(from.warm_tokens);
   return config;

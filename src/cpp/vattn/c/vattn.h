@@ -73,7 +73,7 @@ typedef struct vattn_cache_config {
   const char* dtype;          /* torch's name: "bfloat16" */
   const char* device;         /* "cpu", "cuda:0", "meta"; NULL: "cpu" */
   int64_t v_head_dim;         /* 0: as head_dim; VATTN_NONE: keys only */
-  int64_t layers_per_tensor;  /* 0: chosen */
+  int64_t layers_per_tensor;  /* 0: 1 on the cpu; elsewhere as many as leave a page at most 64 tokens of every tensor */
   const char* layout;         /* "NHD" or "HND"; NULL: chosen */
   int64_t page_size;          /* 0: the device's default */
   int64_t memory_limit;       /* 0: a share of what is free */
@@ -83,6 +83,7 @@ typedef struct vattn_cache_config {
   int64_t warm_tokens;      /* how far it keeps one free slot mapped; 0: a page in every tensor; VATTN_NONE: not at all */
   vattn_pool* pool;         /* a budget shared with others, which sets device, page_size and memory_limit; NULL: its own */
   int64_t scrub;            /* 1: a page is zeroed before another request can see it */
+  int64_t dense;            /* 1: one layer a tensor, for kernels that need dense rows; refuses another layers_per_tensor */
 } vattn_cache_config;
 
 /* A strided view. `data` stays valid while its cache or tensor is open, and longer where vattn_view_retain() was called. */

@@ -14,6 +14,8 @@ constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
 constexpr std::int64_t kMaxLayers = 1 << 16;
 constexpr std::int64_t kMaxBatch = 1 << 20;
 constexpr std::int64_t kMaxRows = 1 << 24;
+// A request wastes half a page a tensor: layers share a tensor until a page holds so few tokens of it.
+constexpr std::int64_t kTokensInAPage = 64;
 
 std::string text(std::int64_t value) { return std::to_string(value); }
 
@@ -28,12 +30,8 @@ Geometry::Geometry(const CacheConfig& config, const DriverTraits& driver) : conf
   check_between("max_seq_len", config.max_seq_len, 1, kMost);
   check_between("v_head_dim", config.v_head_dim.value_or(0), 0, kMost);
   check_between("guard_tokens", config.guard_tokens, 0, kMost);
-  check_between("layers_per_tensor", config.layers_per_tensor, 1, config.num_layers);
-  if (config.num_layers % config.layers_per_tensor != 0) {
-    throw std::invalid_argument("layers_per_tensor=" + text(config.layers_per_tensor) +
-                                " must divide num_layers=" + text(config.num_layers));
-  }
   page_size_ = choose_page_size(config.page_size, driver);
+  choose_layers_per_tensor(driver);
   unmapped_reads_ = config.unmapped_reads.value_or(driver.reads_as_zeros ? UnmappedReads::kZeros : UnmappedReads::kFault);
   if (unmapped_reads_ == UnmappedReads::kZeros && !driver.reads_as_zeros) {
     throw std::invalid_argument(std::string("unmapped_reads=\"zeros\" is possible on the host only; the ") + driver.name +
@@ -68,6 +66,34 @@ void Geometry::choose_lookahead(const DriverTraits& driver) {
   warm_tokens_ = lookahead_tokens_ == 0 ? 0 : std::min<std::int64_t>(config_.warm_tokens.value_or(1), longest);
 }
 
+void Geometry::choose_layers_per_tensor(const DriverTraits& driver) {
+  const std::int64_t layers = config_.num_layers;
+  if (const auto asked = config_.layers_per_tensor) {
+    check_between("layers_per_tensor", *asked, 1, layers);
+    if (layers % *asked != 0) {
+      throw std::invalid_argument("layers_per_tensor=" + text(*asked) + " must divide num_layers=" + text(layers));
+    }
+    if (config_.dense && *asked != 1) {
+      throw std::invalid_argument(
+          "layers_per_tensor=" + text(*asked) +
+          " puts several layers between the tokens of one, and dense rows have one layer a tensor: leave "
+          "dense out, or use layers_per_tensor=1");
+    }
+    layers_per_tensor_ = *asked;
+    return;
+  }
+  layers_per_tensor_ = 1;
+  // Only the host reads as zeros; its pages are small, and hold few tokens of one layer.
+  if (driver.reads_as_zeros || config_.dense || config_.layout == Layout::kHND) return;
+  const std::int64_t dim = std::min(config_.head_dim, config_.v_head_dim.value_or(0) == 0 ? kMost : *config_.v_head_dim);
+  // Tokens of one layer in a page, of the tensor where a page holds more of them: K or V.
+  const std::int64_t of_one = page_size_ / dim / config_.num_kv_heads / static_cast<std::int64_t>(size_of(config_.dtype));
+  while (layers_per_tensor_ < layers && of_one / layers_per_tensor_ > kTokensInAPage) {
+    do ++layers_per_tensor_;
+    while (layers % layers_per_tensor_ != 0);
+  }
+}
+
 void Geometry::choose_layout(const DriverTraits& driver) {
   // Head-major rows are many: at worst each is two mappings, its pages and its rest. Half of the kernel's limit is the wall.
   const char* const what = "num_layers x num_kv_heads x max_batch_size";
@@ -75,7 +101,7 @@ void Geometry::choose_layout(const DriverTraits& driver) {
   const std::int64_t rows =
       checked_mul(checked_mul(config_.num_layers * kinds, config_.max_batch_size, what), config_.num_kv_heads, what);
   const auto mappings = static_cast<std::int64_t>(driver.mapping_limit);
-  const bool sliced = config_.layers_per_tensor > 1;
+  const bool sliced = layers_per_tensor_ > 1;
   const bool beyond_wall = mappings != 0 && rows > mappings / 4;
   if (!config_.layout) {
     layout_ = mappings == 0 || sliced || beyond_wall ? Layout::kNHD : Layout::kHND;
@@ -85,8 +111,8 @@ void Geometry::choose_layout(const DriverTraits& driver) {
   }
   if (layout_ == Layout::kNHD) return;
   if (sliced) {
-    throw std::invalid_argument("layout=\"HND\" holds one layer a tensor, but layers_per_tensor=" +
-                                text(config_.layers_per_tensor) + ": use layout=\"NHD\" with slicing");
+    throw std::invalid_argument("layout=\"HND\" holds one layer a tensor, but layers_per_tensor=" + text(layers_per_tensor_) +
+                                ": use layout=\"NHD\" with slicing");
   }
   if (beyond_wall || rows > kMaxRows) {
     throw std::invalid_argument("layout=\"HND\" needs " + text(rows) + " rows (" + what +
@@ -104,7 +130,7 @@ TensorGeometry Geometry::tensor(std::int64_t head_dim) const {
   made.head_dim = head_dim;
   made.token_bytes = checked_mul(head_dim, static_cast<std::int64_t>(size_of(config_.dtype)), what);
   if (!head_major) {
-    made.token_bytes = checked_mul(checked_mul(made.token_bytes, config_.num_kv_heads, what), config_.layers_per_tensor, what);
+    made.token_bytes = checked_mul(checked_mul(made.token_bytes, config_.num_kv_heads, what), layers_per_tensor_, what);
   }
   const std::int64_t tokens = checked_add(config_.max_seq_len, config_.guard_tokens, "max_seq_len + guard_tokens");
   const std::int64_t bytes = checked_mul(made.token_bytes, tokens, what);
@@ -133,7 +159,7 @@ std::int64_t Geometry::reserved_bytes() const noexcept { return groups() * (k_.r
 
 std::int64_t Geometry::offset(const TensorGeometry& tensor, std::int64_t layer, std::int64_t slot) const noexcept {
   const auto element = static_cast<std::int64_t>(size_of(config_.dtype));
-  const std::int64_t in_group = layer % config_.layers_per_tensor;
+  const std::int64_t in_group = layer % layers_per_tensor_;
   return slot * rows_per_slot() * tensor.row_bytes + in_group * config_.num_kv_heads * tensor.head_dim * element;
 }
 

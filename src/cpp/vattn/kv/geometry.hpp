@@ -25,8 +25,10 @@ struct CacheConfig {
   std::int64_t max_batch_size = 0;
   std::int64_t max_seq_len = 0;
   DType dtype = DType::kFloat16;
-  std::optional<std::int64_t> v_head_dim{};       ///< none: as head_dim; 0: keys only
-  std::int64_t layers_per_tensor = 1;             ///< divides num_layers
+  std::optional<std::int64_t> v_head_dim{};  ///< none: as head_dim; 0: keys only
+  /// Layers that share a tensor, and so a page; divides num_layers. None: see Geometry::layers_per_tensor.
+  std::optional<std::int64_t> layers_per_tensor{};
+  bool dense = false;                             ///< one layer a tensor, whatever the device; other numbers are refused
   std::optional<Layout> layout{};                 ///< none: head-major where the driver's mappings allow it, else token-major
   std::optional<std::int64_t> page_size{};        ///< bytes; none: the driver's default
   std::optional<std::int64_t> memory_limit{};     ///< bytes; none: a share of what is free
@@ -62,7 +64,10 @@ class VATTN_API Geometry {
   [[nodiscard]] const TensorGeometry& k() const noexcept { return k_; }
   [[nodiscard]] const TensorGeometry& v() const noexcept { return v_; }
   /// Tensors of one kind.
-  [[nodiscard]] std::int64_t groups() const noexcept { return config_.num_layers / config_.layers_per_tensor; }
+  [[nodiscard]] std::int64_t groups() const noexcept { return config_.num_layers / layers_per_tensor_; }
+  /// As asked for. Where nothing was: 1 on the host, for head-major tensors and for dense ones; elsewhere, where pages are
+  /// large, the smallest divisor of num_layers with which a page holds at most 64 tokens of every tensor, else num_layers.
+  [[nodiscard]] std::int64_t layers_per_tensor() const noexcept { return layers_per_tensor_; }
   [[nodiscard]] std::int64_t rows_per_slot() const noexcept { return layout_ == Layout::kHND ? config_.num_kv_heads : 1; }
 
   /// Pages a row needs so that `tokens` tokens and the guard behind them have memory. 0 tokens need none.
@@ -95,10 +100,12 @@ class VATTN_API Geometry {
 
  private:
   void choose_lookahead(const DriverTraits& driver);
+  void choose_layers_per_tensor(const DriverTraits& driver);
   void choose_layout(const DriverTraits& driver);
   [[nodiscard]] TensorGeometry tensor(std::int64_t head_dim) const;
 
   CacheConfig config_;
+  std::int64_t layers_per_tensor_ = 1;
   Layout layout_ = Layout::kNHD;
   std::int64_t page_size_ = 0;
   UnmappedReads unmapped_reads_ = UnmappedReads::kFault;

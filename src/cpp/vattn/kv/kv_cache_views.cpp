@@ -9,7 +9,7 @@ namespace vattn {
 
 std::pair<const KVCache::Tensor*, const KVCache::Tensor*> KVCache::tensors_of(std::int64_t layer) const {
   check_index("layer", layer, geometry_.config().num_layers);
-  const auto group = static_cast<std::size_t>(layer / geometry_.config().layers_per_tensor);
+  const auto group = static_cast<std::size_t>(layer / geometry_.layers_per_tensor());
   if (!geometry_.has_v()) return {&tensors_[group], nullptr};
   return {&tensors_[2 * group], &tensors_[2 * group + 1]};
 }

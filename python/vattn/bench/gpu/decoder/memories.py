@@ -117,7 +117,7 @@ class VattnMemory(_Contiguous):
     ) -> None:
         self.cache = vattn.KVCache(
             shape.layers, shape.kv_heads, shape.head_dim, max_batch_size=len(lengths), dtype=shape.dtype, layout="NHD",
-            device=device, lookahead_tokens=lookahead_tokens, warm_tokens=0, **more,
+            device=device, lookahead_tokens=lookahead_tokens, warm_tokens=0, dense=True, **more,
         )  # fmt: skip
         self.cache.alloc_block(len(lengths))
         self.cache.step(lengths)
