@@ -187,7 +187,9 @@ class GrowableTensor:
 
         While there are no rows torch gives 0 for it, as for any empty tensor.
         """
-        tensor: torch.Tensor = self._finish((self._native.tensor(),))[0]
+        tensor: torch.Tensor = self._native.tensor()
+        if self._finish is not None:
+            tensor = self._finish(tensor)
         return tensor
 
     @property
