@@ -111,7 +111,7 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def put(target: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, new: torch.Tensor) -> None:
+def put(target: Any, rows: torch.Tensor, columns: torch.Tensor, new: torch.Tensor) -> None:
     """``target[rows, columns] = new``, whatever the dtype, and outside of autograd."""
     import torch
 

@@ -187,9 +187,8 @@ class GrowableTensor:
 
         While there are no rows torch gives 0 for it, as for any empty tensor.
         """
-        tensor: torch.Tensor = self._native.tensor()
-        if self._finish is not None:
-            tensor = self._finish(tensor)
+        native: Any = self._native.tensor()
+        tensor: torch.Tensor = native if self._finish is None else self._finish(native)
         return tensor
 
     @property

@@ -400,9 +400,9 @@ class KVCache(Generic[ValueT]):
 
     def _finished(self, views: Any) -> KV[ValueT]:
         """What the native part handed out, as the tensors that a user gets."""
+        pair: KV[Any] = views
         if self._finish is not None:
-            views = KV(*(None if view is None else self._finish(view) for view in views))
-        pair: KV[ValueT] = views
+            pair = KV(self._finish(pair.k), None if pair.v is None else self._finish(pair.v))
         return pair
 
     def write(

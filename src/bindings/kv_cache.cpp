@@ -23,10 +23,11 @@ std::optional<T> one_of(const std::optional<std::string>& value, const char* par
 
 /// `pair` is the tuple's subclass that Python wants.
 template <std::size_t Rank>
-nb::object to_python(const vattn::KVView<Rank>& views, nb::handle pair) {
-  return to_pair(pair, to_torch(views.k), views.v ? to_torch(*views.v) : nb::none());
+nb::any to_python(const vattn::KVView<Rank>& views, nb::handle pair) {
+  return nb::borrow<nb::any>(to_pair(pair, to_torch(views.k), views.v ? to_torch(*views.v) : nb::none()));
 }
 
+using Ints = nb::typed<nb::list, nb::int_>;
 using Stream = std::optional<vattn::Stream>;
 
 bool step_with(KVCache& cache, const Lengths& lengths, Stream stream) {
@@ -71,7 +72,7 @@ nb::object fits(const KVCache& cache, nb::handle value, nb::handle fresh_value) 
   return nb::bool_(result);
 }
 
-nb::object view(const KVCache& cache, std::int64_t layer, std::int64_t slot, nb::handle pair) {
+nb::any view(const KVCache& cache, std::int64_t layer, std::int64_t slot, nb::handle pair) {
   return to_python(
       [&] {
         const GilReleased release;
@@ -80,7 +81,7 @@ nb::object view(const KVCache& cache, std::int64_t layer, std::int64_t slot, nb:
       pair);
 }
 
-nb::object batch(KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length, nb::handle pair) {
+nb::any batch(KVCache& cache, std::int64_t layer, const Slots& slots, std::int64_t length, nb::handle pair) {
   return to_python(
       [&] {
         const GilReleased release;
@@ -89,7 +90,7 @@ nb::object batch(KVCache& cache, std::int64_t layer, const Slots& slots, std::in
       pair);
 }
 
-nb::object layer(const KVCache& cache, std::int64_t index, nb::handle pair) {
+nb::any layer(const KVCache& cache, std::int64_t index, nb::handle pair) {
   return to_python(
       [&] {
         const GilReleased release;
@@ -98,7 +99,7 @@ nb::object layer(const KVCache& cache, std::int64_t index, nb::handle pair) {
       pair);
 }
 
-nb::list views(const KVCache& cache, std::int64_t layer, const vattn::Rows& rows, nb::handle pair) {
+nb::typed<nb::list, nb::any> views(const KVCache& cache, std::int64_t layer, const vattn::Rows& rows, nb::handle pair) {
   const auto all = [&] {
     const GilReleased release;
     return cache.views(layer, rows);
@@ -109,18 +110,18 @@ nb::list views(const KVCache& cache, std::int64_t layer, const vattn::Rows& rows
 }
 
 /// None: not a form this file knows.
-nb::object rows(const KVCache& cache, nb::handle slots) {
+nb::any rows(const KVCache& cache, nb::handle slots) {
   Numbers numbers;
-  if (!to_numbers(slots, numbers)) return nb::none();
+  if (!to_numbers(slots, numbers)) return nb::borrow<nb::any>(nb::none());
   const std::vector<std::int64_t> copy(numbers.values.begin(), numbers.values.end());
-  return nb::cast([&] {
+  return nb::borrow<nb::any>(nb::cast([&] {
     const GilReleased release;
     return cache.rows(copy);
-  }());
+  }()));
 }
 
 /// The number, and of each slot where the added tokens start and stop.
-nb::typed<nb::tuple, nb::int_, nb::list, nb::list> last_step(const KVCache& cache, const vattn::Rows& rows) {
+nb::typed<nb::tuple, nb::int_, Ints, Ints> last_step(const KVCache& cache, const vattn::Rows& rows) {
   const vattn::LastStep last = [&] {
     const GilReleased release;
     return cache.last_step(rows);
@@ -136,7 +137,7 @@ nb::typed<nb::tuple, nb::int_, nb::list, nb::list> last_step(const KVCache& cach
 
 /// `entries` is the first extent of k. False: slots or positions are not a form this file knows.
 bool write_tokens(KVCache& cache, std::int64_t layer, nb::handle slots, nb::handle positions, std::int64_t entries,
-           std::int64_t tokens, vattn::Address k, vattn::Address v) {
+                  std::int64_t tokens, vattn::Address k, vattn::Address v) {
   Numbers slot_numbers;
   Numbers position_numbers;
   if (!to_numbers(slots, slot_numbers) || !to_numbers(positions, position_numbers)) return false;
