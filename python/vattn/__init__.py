@@ -17,12 +17,15 @@ from vattn._version import __version__
 from vattn.errors import ClosedError, DriverError, Error, InUseError, NoFreeSlotError, OutOfMemoryError
 
 if TYPE_CHECKING:
+    from vattn._tensors import KV
     from vattn.growable_tensor import GrowableTensor
     from vattn.kv_cache import KVCache
     from vattn.page_pool import PagePool
+    from vattn.rows import Rows
     from vattn.stats import MemberStats, PoolStats, Stats
 
 __all__ = [
+    "KV",
     "ClosedError",
     "DriverError",
     "Error",
@@ -34,16 +37,19 @@ __all__ = [
     "OutOfMemoryError",
     "PagePool",
     "PoolStats",
+    "Rows",
     "Stats",
     "__version__",
 ]
 
 _HOMES = {
     "GrowableTensor": "vattn.growable_tensor",
+    "KV": "vattn._tensors",
     "KVCache": "vattn.kv_cache",
     "MemberStats": "vattn.stats",
     "PagePool": "vattn.page_pool",
     "PoolStats": "vattn.stats",
+    "Rows": "vattn.rows",
     "Stats": "vattn.stats",
 }
 _MODULES = ("attention", "transformers", "tools")

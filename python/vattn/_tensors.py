@@ -1,4 +1,4 @@
-"""The last step from what the native part hands out to the torch tensor a user gets.
+"""The pair of tensors a user gets, and the last step to it from what the native part hands out.
 
 Thread: any; pure functions.
 """
@@ -6,19 +6,43 @@ Thread: any; pure functions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 from vattn._torch import require
 
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import TypeVar
 
-def finisher(dtype_name: str, device_name: str) -> Callable[[Any], Any]:
-    """A function over a tuple of tensors (or None). Chosen once a cache: nearly always there is nothing left to do."""
+    #: What the values of a cache are: tensors, or None in a cache of keys only.
+    ValueT = TypeVar("ValueT", bound="torch.Tensor | None", default="torch.Tensor")
+
+    class KV(NamedTuple, Generic[ValueT]):
+        """Keys and values; ``v`` is None in a cache of keys only (``v_head_dim=0``)."""
+
+        k: torch.Tensor
+        v: ValueT
+
+else:  # Python 3.10 knows no named tuple with a type parameter, and no default of one
+    from typing import TypeVar
+
+    ValueT = TypeVar("ValueT")
+
+    class KV(NamedTuple):
+        """Keys and values, as a tuple of two; ``v`` is None in a cache of keys only (``v_head_dim=0``)."""
+
+        k: Any
+        v: Any
+
+
+def finisher(dtype_name: str, device_name: str) -> Callable[[Any], Any] | None:
+    """A function over what the native part hands out for a tensor; None where that is it already, as nearly always."""
     if device_name == "meta":
-        return lambda views: tuple(None if view is None else _on_meta(view, dtype_name) for view in views)
+        return lambda view: _on_meta(view, dtype_name)
     if dtype_name.startswith("float8"):
         # Handed out as bytes: DLPack's codes for them are not known everywhere.
-        return lambda views: tuple(None if view is None else view.view(_dtype(dtype_name)) for view in views)
-    return lambda views: views
+        return lambda view: view.view(_dtype(dtype_name))
+    return None
 
 
 def _dtype(name: str) -> Any:

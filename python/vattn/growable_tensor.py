@@ -193,7 +193,8 @@ class GrowableTensor:
 
         ModuleNotFoundError: torch is not installed.
         """
-        tensor: torch.Tensor = self._finish((self._native.tensor(),))[0]
+        native: Any = self._native.tensor()
+        tensor: torch.Tensor = native if self._finish is None else self._finish(native)
         return tensor
 
     @property

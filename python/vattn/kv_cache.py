@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 from vattn import _core
 from vattn._arguments import (
-    is_torch_tensor,
     to_bool,
     to_choice,
     to_device_name,
@@ -28,22 +27,24 @@ from vattn._arguments import (
     to_size,
 )
 from vattn._streams import to_handle, to_stream
-from vattn._tensors import finisher
+from vattn._tensors import KV, ValueT, finisher
 from vattn._torch import require
+from vattn._writing import write_tokens
+from vattn.errors import Error
 from vattn.page_pool import native_pool
 from vattn.stats import Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Literal, overload
 
     import torch
 
     from vattn.page_pool import PagePool
+    from vattn.rows import Rows
 
-    Views = tuple[torch.Tensor, torch.Tensor | None]
 
-
-class KVCache:
+class KVCache(Generic[ValueT]):
     """Keys and values of ``num_layers`` attention layers for up to ``max_batch_size`` requests.
 
     Args:
@@ -82,7 +83,59 @@ class KVCache:
         TypeError, ValueError, OverflowError: a bad argument.
         OutOfMemoryError: the addresses are not to be had.
         DriverError: the device cannot be used; the message says why.
+
+    For type checkers a cache made with ``v_head_dim=0`` is a ``KVCache[None]``, whose every V is None, and any other a
+    ``KVCache[torch.Tensor]``, which is what ``KVCache`` alone means.
     """
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self: KVCache[None],
+            num_layers: int,
+            num_kv_heads: int,
+            head_dim: int,
+            *,
+            max_batch_size: int,
+            max_seq_len: int,
+            dtype: torch.dtype | str,
+            device: torch.device | str,
+            v_head_dim: Literal[0],
+            layers_per_tensor: int = ...,
+            layout: str | None = ...,
+            page_size: int | str | None = ...,
+            memory_limit: int | str | None = ...,
+            pool: PagePool | None = ...,
+            lookahead_tokens: int | None = ...,
+            warm_tokens: int | None = ...,
+            unmapped_reads: str | None = ...,
+            guard_tokens: int = ...,
+            scrub: bool = ...,
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KVCache[torch.Tensor],
+            num_layers: int,
+            num_kv_heads: int,
+            head_dim: int,
+            *,
+            max_batch_size: int,
+            max_seq_len: int,
+            dtype: torch.dtype | str,
+            device: torch.device | str,
+            v_head_dim: int | None = ...,
+            layers_per_tensor: int = ...,
+            layout: str | None = ...,
+            page_size: int | str | None = ...,
+            memory_limit: int | str | None = ...,
+            pool: PagePool | None = ...,
+            lookahead_tokens: int | None = ...,
+            warm_tokens: int | None = ...,
+            unmapped_reads: str | None = ...,
+            guard_tokens: int = ...,
+            scrub: bool = ...,
+        ) -> None: ...
 
     def __init__(
         self,
@@ -148,7 +201,10 @@ class KVCache:
         # When the cache is dropped, and at interpreter exit, while its thread can still be waited for. The native
         # destructor would call the driver with the GIL held.
         weakref.finalize(self, _close_quietly, self._native)
-        self._finish: Callable[[Any], Views] = finisher(self._dtype_name, self._device_name)
+        self._finish = finisher(self._dtype_name, self._device_name)
+        self._kind: tuple[torch.dtype, torch.layout, torch.device] | None = None
+        # Rows whose index tensors a step refreshes: replaced as a whole, so that any thread may walk it.
+        self._followers: tuple[weakref.ref[Rows[ValueT]], ...] = ()
 
     # Slots. A stream is a torch.cuda.Stream, an object with __cuda_stream__, or the handle as an int; None: torch's
     # current stream of the cache's device. It matters on cuda only.
@@ -169,13 +225,17 @@ class KVCache:
             to_optional_int(expected_len, "expected_len"), stream=to_stream(stream, self._device_name)
         )
 
-    def alloc_block(self, n: int, *, stream: Any = None) -> list[int]:
+    def alloc_batch(self, n: int, *, stream: Any = None) -> list[int]:
         """Takes ``n`` neighbouring slots, ascending, for kernels that want a dense batch; ``stream`` as for
         :meth:`alloc`.
 
         NoFreeSlotError when there are none.
         """
-        return self._native.alloc_block(to_int(n, "n"), stream=to_stream(stream, self._device_name))
+        return self._native.alloc_batch(to_int(n, "n"), stream=to_stream(stream, self._device_name))
+
+    def alloc_block(self, n: int, *, stream: Any = None) -> list[int]:
+        """The first name of :meth:`alloc_batch`."""
+        return self.alloc_batch(n, stream=stream)
 
     def free(self, slot: int, *, stream: Any = None) -> None:
         """Forgets a slot. Its pages stay mapped, for the next request or for whoever needs them.
@@ -208,30 +268,81 @@ class KVCache:
 
     # Lengths.
 
+    def rows(self, slots: Sequence[int] | torch.Tensor) -> Rows[ValueT]:
+        """These slots, validated once, for the loop of a server: see :class:`vattn.Rows`.
+
+        Args:
+            slots: in use, each once, at least one.
+
+        Raises:
+            ValueError, IndexError: a slot that is not in use, or named twice; none at all.
+        """
+        from vattn.rows import Rows
+
+        native = self._native.rows(slots)
+        if native is None:
+            native = self._native.rows(to_ints(slots, "slots"))
+        return Rows(self, native)
+
     def step(self, lengths: Mapping[int, int] | Sequence[int] | torch.Tensor) -> None:
         """Makes sure that slots have memory for that many tokens: all of them, or nothing changes.
 
         Args:
             lengths: ``{slot: tokens}`` of slots in use, or one length a slot (``max_batch_size`` of them, 0: leave
-                alone), as a list, a tuple, or an array or tensor of integers. int64 arrays cost least. A length at or
-                under the slot's own leaves the slot alone: ``step`` never shrinks.
+                alone), as a list, a tuple, or an array or tensor of integers. Arrays of int64 and int32 cost least. A
+                length at or under the slot's own leaves the slot alone: ``step`` never shrinks.
 
         Raises:
-            OutOfMemoryError: not all the pages are to be had; ``needed_bytes`` says how much was missing.
+            OutOfMemoryError: not all the pages are to be had; ``needed_bytes`` says how much was missing, and
+                ``waiting_can_help`` whether others hold it.
             ValueError, IndexError, TypeError: a bad slot or length.
             DriverError: a driver call failed, and everything was undone.
             Error: it would grow while torch's current stream, or one recorded, is being captured into a graph.
         """
+        if self._followers:
+            self._check_not_capturing()
         if not self._native.step(lengths):
             stream = to_stream(None, self._device_name)
             if not self._native.step_on(lengths, stream):
                 self._native.step_on(to_lengths(lengths), stream)
+        if self._followers:
+            self._lead()
 
-    def fits(self, lengths: Mapping[int, int] | Sequence[int] | torch.Tensor) -> bool:
-        """Whether such a :meth:`step` would have memory now. Takes nothing; bad arguments raise as there."""
-        answer = self._native.fits(lengths)
+    def _add_follower(self, rows: Rows[ValueT]) -> None:
+        if all(one() is not rows for one in self._followers):
+            self._followers = (*(one for one in self._followers if one() is not None), weakref.ref(rows))
+
+    def _lead(self) -> None:
+        """Lengths changed: the rows that have index tensors refresh them, on the current stream."""
+        for one in self._followers:
+            rows = one()
+            if rows is not None:
+                rows._follow()
+
+    def _check_not_capturing(self) -> None:
+        """A copy from the host to the index tensors of rows cannot be part of a graph: it would replay old numbers."""
+        rows = next((rows for rows in (one() for one in self._followers) if rows is not None), None)
+        if rows is not None and rows._is_capturing():
+            raise Error(
+                "step: torch's current stream is being captured into a graph, and a step refreshes the index tensors "
+                "of rows: step before the capture, and before each replay"
+            )
+
+    def fits(
+        self,
+        lengths: Mapping[int, int] | Sequence[int] | torch.Tensor,
+        new: Sequence[int] | torch.Tensor = (),
+    ) -> bool:
+        """Whether such a :meth:`step` would have memory now. Takes nothing; bad arguments raise as there.
+
+        Args:
+            lengths: as for :meth:`step`; ``{}`` where no slot grows.
+            new: the lengths of requests to come, which need a free slot each: with fewer free slots the answer is
+                False. ``cache.fits({}, new=[300, 20])`` asks before both are admitted.
+        """
+        answer = self._native.fits(lengths, new)
         if answer is None:
-            answer = self._native.fits(to_lengths(lengths))
+            answer = self._native.fits(to_lengths(lengths), to_ints(new, "new"))
         return bool(answer)
 
     def truncate(self, slot: int, n: int, *, stream: Any = None) -> None:
@@ -242,6 +353,8 @@ class KVCache:
             Error: the stream is being captured into a graph.
         """
         self._native.truncate(to_int(slot, "slot"), to_int(n, "n"), stream=to_stream(stream, self._device_name))
+        if self._followers:
+            self._lead()
 
     def seq_len(self, slot: int) -> int:
         """Tokens in use."""
@@ -251,104 +364,85 @@ class KVCache:
         """Tokens that have memory now, look-ahead included; neither the guard, nor what was truncated."""
         return self._native.committed_len(to_int(slot, "slot"))
 
+    def slot_bytes(self, slot: int) -> int:
+        """Bytes of memory that are this slot's alone: what ``stats().available_bytes`` gains when it is freed."""
+        return self._native.slot_bytes(to_int(slot, "slot"))
+
     # Tensors.
 
-    def view(self, layer: int, slot: int) -> Views:
+    def view(self, layer: int, slot: int) -> KV[ValueT]:
         """Keys and values of one slot, ``(seq_len, num_kv_heads, head_dim)``: the tokens in use, sharing memory.
 
-        The tensors keep their addresses, and their contents after :meth:`close`, for as long as they live. Pickling,
-        ``torch.save``, ``deepcopy`` and sending one to another process (queues, DataLoader) take a copy of what it
-        shows, made when it is pickled, and leave it in the cache. ``share_memory_()`` does not: torch then gives the
-        tensor other memory, the whole span of it, which for a head-major view includes the gaps between heads, and it
-        shows the cache no more. Call ``.clone()`` first, and share that.
+        The pair has the fields ``k`` and ``v`` and unpacks as a tuple. The tensors keep their addresses, and their
+        contents after :meth:`close`, for as long as they live.
+
+        Pickling, ``torch.save``, ``deepcopy`` and sending one to another process (queues, DataLoader) take a copy of
+        what it shows, made when it is pickled, and leave it in the cache. ``share_memory_()`` does not: torch then
+        gives the tensor other memory, the whole span of it, which for a head-major view includes the gaps between
+        heads, and it shows the cache no more. Call ``.clone()`` first, and share that.
 
         ModuleNotFoundError: torch is not installed.
         """
-        return self._finish(self._native.view(to_int(layer, "layer"), to_int(slot, "slot")))
+        if type(layer) is not int or type(slot) is not int or layer.bit_length() > 63 or slot.bit_length() > 63:
+            layer, slot = to_int(layer, "layer"), to_int(slot, "slot")
+        views: KV[ValueT] = self._native.view(layer, slot, KV)
+        return views if self._finish is None else self._finished(views)
 
-    def batch(self, layer: int, slots: Sequence[int], length: int) -> Views:
+    def batch(self, layer: int, slots: Sequence[int], length: int) -> KV[ValueT]:
         """Several slots as one strided batch, ``(n, length, num_kv_heads, head_dim)``.
 
         ValueError unless the slots ascend in equal steps, are in use, and have ``length`` tokens committed (or read as
         zeros). Copies, pickles and ``share_memory_()``: as for :meth:`view`.
         """
-        return self._finish(
-            self._native.batch(to_int(layer, "layer"), to_ints(slots, "slots"), to_int(length, "length"))
+        return self._finished(
+            self._native.batch(to_int(layer, "layer"), to_ints(slots, "slots"), to_int(length, "length"), KV)
         )
 
-    def layer(self, layer: int) -> Views:
+    def layer(self, layer: int) -> KV[ValueT]:
         """The whole reservation of a layer: ``(max_batch_size, max_seq_len, num_kv_heads, head_dim)``.
 
         For kernels that take lengths. Not all of it has memory: do not print, copy, save, send or
         ``share_memory_()`` it, since that touches every token; nor write, as ``zero_()`` does, where no token is. Take
         a part of it, ``k[slot, :n]``: what such a part shows is what is pickled and sent, as for :meth:`view`.
         """
-        return self._finish(self._native.layer(to_int(layer, "layer")))
+        return self._finished(self._native.layer(to_int(layer, "layer"), KV))
+
+    def _tensor_kind(self) -> tuple[torch.dtype, torch.layout, torch.device]:
+        """What its tensors are, found once: those of a fake driver are not where the device's name says."""
+        if self._kind is None:
+            torch = require("a tensor over vattn's memory")
+            self._kind = self.dtype, torch.strided, self.layer(0).k.device
+        return self._kind
+
+    def _finished(self, views: Any) -> KV[ValueT]:
+        """What the native part handed out, as the tensors that a user gets."""
+        pair: KV[Any] = views
+        if self._finish is not None:
+            pair = KV(self._finish(pair.k), None if pair.v is None else self._finish(pair.v))
+        return pair
 
     def write(
         self,
         layer: int,
-        slots: Sequence[int],
-        positions: Sequence[int],
+        slots: Sequence[int] | torch.Tensor,
+        positions: Sequence[int] | torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor | None = None,
     ) -> None:
-        """Writes one new token an entry: ``k[i]`` and ``v[i]`` to ``positions[i]`` of ``slots[i]``.
+        """Writes new tokens of several slots: one token an entry, or a span of several.
 
         Args:
-            k: ``(n, num_kv_heads, head_dim)``, of the cache's dtype, on its device.
-            v: ``(n, num_kv_heads, v_head_dim)``; None in a cache of keys only.
+            slots, positions: entry i writes to ``positions[i]`` of ``slots[i]``, and a span to that and the following
+                positions. Lists, tuples, and arrays of int64 or int32 cost least.
+            k: ``(n, num_kv_heads, head_dim)``, one token an entry, or ``(n, tokens, num_kv_heads, head_dim)``, a span
+                an entry; of the cache's dtype, on its device.
+            v: alike, with ``v_head_dim``; None in a cache of keys only.
 
         Raises:
-            IndexError: a position at or past its slot's length.
+            IndexError: a position at or past its slot's length, or a span that reaches past it. Nothing is written.
             ValueError, TypeError: shapes, dtypes or devices that do not fit.
         """
-        slot_list = to_ints(slots, "slots")
-        position_list = to_ints(positions, "positions")
-        if len(slot_list) != len(position_list):
-            raise ValueError(
-                f"positions has {len(position_list)} entries, slots has {len(slot_list)}: one position a slot"
-            )
-        for slot, position in zip(slot_list, position_list, strict=True):
-            length = self._native.seq_len(slot)
-            if not 0 <= position < length:
-                raise IndexError(f"positions: {position} of slot {slot} is outside its length, {length}: step it first")
-        k_layer, v_layer = self.layer(layer)
-        self._check_new("k", k, len(slot_list), self._head_dim, k_layer)
-        if v_layer is not None:
-            self._check_new("v", v, len(slot_list), self._v_head_dim, v_layer)
-        elif v is not None:
-            raise ValueError("v must be None in a cache of keys only (v_head_dim=0)")
-        if self._device_name == "meta" or not slot_list:
-            return
-        import torch
-
-        index = torch.tensor([slot_list, position_list], device=k_layer.device)
-        with torch.no_grad():
-            self._put(k_layer, index, k)
-            if v_layer is not None and v is not None:
-                self._put(v_layer, index, v)
-
-    @staticmethod
-    def _put(target: torch.Tensor, index: torch.Tensor, new: torch.Tensor) -> None:
-        import torch
-
-        if new.dtype.itemsize == 1:  # the 8-bit float types cannot be indexed; bytes can
-            target, new = target.view(torch.uint8), new.view(torch.uint8)
-        target[index[0], index[1]] = new
-
-    def _check_new(self, name: str, value: Any, count: int, dim: int, target: torch.Tensor) -> None:
-        if not is_torch_tensor(value):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
-        shape = (count, self._num_kv_heads, dim)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; (slots, num_kv_heads, dim) is {shape}")
-        if value.dtype != target.dtype:
-            raise ValueError(f"{name} has dtype {value.dtype}; the cache holds {target.dtype}: convert it first")
-        if "strided" not in str(value.layout):
-            raise ValueError(f"{name} is {value.layout}; only dense tensors can be written: call to_dense() first")
-        if value.device != target.device:
-            raise ValueError(f"{name} is on {value.device}; the cache is on {target.device}: move it first")
+        write_tokens(self, to_int(layer, "layer"), slots, positions, k, v)
 
     # Budget and state.
 
@@ -466,7 +560,7 @@ class KVCache:
         dtype: torch.dtype = getattr(require("KVCache.dtype"), self._dtype_name)
         return dtype
 
-    def __enter__(self) -> KVCache:
+    def __enter__(self) -> KVCache[ValueT]:
         return self
 
     def __exit__(

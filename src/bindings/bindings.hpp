@@ -81,14 +81,24 @@ template <std::size_t Rank>
   return to_torch(view.address, view.shape, view.strides, view.dtype, view.device, view.device_index, view.owner);
 }
 
+/// A pair of that type, which is a tuple's subclass with two fields (vattn.KV).
+[[nodiscard]] nb::object to_pair(nb::handle type, const nb::object& k, const nb::object& v);
+
+/// Numbers as Python users give them: a list or a tuple of ints, or an array of int64 or int32 of one dimension.
+struct Numbers {
+  std::span<const std::int64_t> values;  ///< into `array` or `copied`
+
+  nb::ndarray<nb::ro, nb::ndim<1>, nb::device::cpu> array;
+  std::vector<std::int64_t> copied;
+};
+/// False: not one of these; Python's turn, which knows more forms, or names what is wrong with it.
+[[nodiscard]] bool to_numbers(nb::handle value, Numbers& numbers);
+
 /// Lengths as Python users give them. `kind` says which of the two is filled, or that the object needs help from Python.
 struct Lengths {
   enum class Kind { kSequence, kNamed, kUnknown };
   Kind kind = Kind::kUnknown;
-  std::span<const std::int64_t> sequence;  ///< into `array` or `numbers`
+  Numbers sequence;
   std::vector<vattn::SlotLength> named;
-
-  nb::ndarray<const std::int64_t, nb::ndim<1>, nb::device::cpu> array;
-  std::vector<std::int64_t> numbers;
 };
 [[nodiscard]] Lengths to_lengths(nb::handle value);

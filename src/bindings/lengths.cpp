@@ -1,4 +1,5 @@
-// Reads the lengths of step and fits: the exact types first, which cost least; whatever else, Python turns into one of them.
+// Reads the lengths of step and fits, and slots and positions: the exact types first, which cost least; whatever else, Python
+// turns into one of them.
 
 #include "bindings/bindings.hpp"
 
@@ -12,7 +13,40 @@ bool read(nb::handle value, std::int64_t& number) {
   return overflow == 0;
 }
 
+template <typename Int>
+void widen(const Numbers& from, std::vector<std::int64_t>& to) {
+  const auto* const first = static_cast<const Int*>(from.array.data());
+  for (std::size_t i = 0; i < from.array.shape(0); ++i)
+    to.push_back(first[static_cast<std::int64_t>(i) * from.array.stride(0)]);
+}
+
 }  // namespace
+
+bool to_numbers(nb::handle value, Numbers& numbers) {
+  if (PyList_CheckExact(value.ptr()) != 0 || PyTuple_CheckExact(value.ptr()) != 0) {
+    const nb::sequence items = nb::borrow<nb::sequence>(value);
+    numbers.copied.reserve(nb::len(items));
+    for (nb::handle item : items) {
+      std::int64_t number = 0;
+      if (!read(item, number)) return false;
+      numbers.copied.push_back(number);
+    }
+    numbers.values = numbers.copied;
+    return true;
+  }
+  if (!nb::try_cast(value, numbers.array, false)) return false;
+  const bool is_wide = numbers.array.dtype() == nb::dtype<std::int64_t>();
+  if (!is_wide && numbers.array.dtype() != nb::dtype<std::int32_t>()) return false;
+  const std::size_t count = numbers.array.shape(0);
+  if (is_wide && (count <= 1 || numbers.array.stride(0) == 1)) {
+    numbers.values = {static_cast<const std::int64_t*>(numbers.array.data()), count};
+    return true;
+  }
+  numbers.copied.reserve(count);
+  is_wide ? widen<std::int64_t>(numbers, numbers.copied) : widen<std::int32_t>(numbers, numbers.copied);
+  numbers.values = numbers.copied;
+  return true;
+}
 
 Lengths to_lengths(nb::handle value) {
   Lengths lengths;
@@ -29,28 +63,6 @@ Lengths to_lengths(nb::handle value) {
     }
     return lengths;
   }
-  const bool is_list = PyList_CheckExact(value.ptr()) != 0;
-  if (is_list || PyTuple_CheckExact(value.ptr()) != 0) {
-    lengths.kind = Lengths::Kind::kSequence;
-    const nb::sequence items = nb::borrow<nb::sequence>(value);
-    lengths.numbers.reserve(nb::len(items));
-    for (nb::handle item : items) {
-      std::int64_t number = 0;
-      if (!read(item, number)) return Lengths{};
-      lengths.numbers.push_back(number);
-    }
-    lengths.sequence = lengths.numbers;
-    return lengths;
-  }
-  if (!nb::try_cast(value, lengths.array, false)) return lengths;
-  lengths.kind = Lengths::Kind::kSequence;
-  const std::size_t count = lengths.array.shape(0);
-  if (count <= 1 || lengths.array.stride(0) == 1) {
-    lengths.sequence = {lengths.array.data(), count};
-    return lengths;
-  }
-  lengths.numbers.reserve(count);
-  for (std::size_t i = 0; i < count; ++i) lengths.numbers.push_back(lengths.array(i));
-  lengths.sequence = lengths.numbers;
+  if (to_numbers(value, lengths.sequence)) lengths.kind = Lengths::Kind::kSequence;
   return lengths;
 }

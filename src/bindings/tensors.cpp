@@ -1,30 +1,48 @@
 // Views become torch tensors: DLPack underneath, with an owner that keeps the memory.
-#include <array>
 #include <memory>
 
 #include "bindings/bindings.hpp"
+#include "vattn/tensor/dlpack.hpp"
 
 namespace {
 
-// Runs with the GIL, on whatever thread dropped the tensor.
-void drop_owner(void* owner) noexcept {
-  auto* buffer = static_cast<std::shared_ptr<vattn::Buffer>*>(owner);
-  drop(*buffer);
-  delete buffer;
+// On whatever thread dropped the tensor, with the GIL or without. The last owner calls the driver, and so must not hold it.
+void drop_owner(std::shared_ptr<vattn::Buffer>& owner) noexcept {
+  if (owner.use_count() > 1 || !nb::is_alive()) {
+    owner.reset();
+    return;
+  }
+  const PyGILState_STATE state = PyGILState_Ensure();
+  drop(owner);
+  PyGILState_Release(state);
+}
+
+void destroy_capsule(PyObject* capsule) {
+  // torch renames what it took; this one it did not take.
+  if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
+  vattn::delete_dlpack(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
+}
+
+// torch's own function, not the one of the Python protocol, which costs more than the tensor. Found once, kept for good; and
+// before the first tensor leaves, torch is told what of such a tensor may be pickled. ModuleNotFoundError where there is no
+// torch.
+nb::handle from_dlpack() {
+  static PyObject* found = nullptr;
+  if (found == nullptr) {
+    nb::module_::import_("vattn._pickling").attr("install")();
+    const nb::module_ torch = nb::module_::import_("torch");
+    nb::object native = nb::getattr(torch.attr("_C"), "_from_dlpack", nb::none());
+    found = (native.is_none() ? nb::object(nb::module_::import_("torch.utils.dlpack").attr("from_dlpack")) : native)
+                .release()
+                .ptr();
+  }
+  return found;
 }
 
 nb::tuple to_tuple(std::span<const std::int64_t> values) {
   nb::list list;
   for (const std::int64_t value : values) list.append(value);
   return nb::tuple(list);
-}
-
-/// Before the first tensor leaves: what it shows is what may be pickled. ModuleNotFoundError where there is no torch.
-void prepare_torch() {
-  static bool done = false;  // guarded by the GIL; twice does no harm
-  if (done) return;
-  nb::module_::import_("vattn._pickling").attr("install")();
-  done = true;
 }
 
 }  // namespace
@@ -43,22 +61,21 @@ nb::object to_torch(vattn::Address address, std::span<const std::int64_t> shape,
                     vattn::DType dtype, vattn::TensorDevice device, int device_index,
                     const std::shared_ptr<vattn::Buffer>& owner) {
   if (device == vattn::TensorDevice::kMeta) return nb::make_tuple(to_tuple(shape), to_tuple(strides));
-  std::array<std::size_t, 8> extents{};
-  if (shape.size() > extents.size()) {
-    throw std::invalid_argument("a tensor of " + std::to_string(shape.size()) + " dimensions: at most " +
-                                std::to_string(extents.size()) + " can be handed to torch");
+  DLManagedTensor* const managed = vattn::to_dlpack(address, shape, strides, dtype, device, device_index, owner, drop_owner);
+  const nb::object capsule = nb::steal(PyCapsule_New(managed, "dltensor", destroy_capsule));
+  if (!capsule.is_valid()) {
+    vattn::delete_dlpack(managed);
+    throw nb::python_error();
   }
-  prepare_torch();
-  std::copy(shape.begin(), shape.end(), extents.begin());
-  const vattn::DTypeInfo& info = vattn::info_of(dtype);
-  const nb::dlpack::dtype element{info.dlpack_code, static_cast<std::uint8_t>(info.bytes * 8), 1};
-  auto reference = std::make_unique<std::shared_ptr<vattn::Buffer>>(owner);
-  const nb::capsule keeper(reference.get(), drop_owner);
-  static_cast<void>(reference.release());
-  const int device_type = device == vattn::TensorDevice::kCuda ? nb::device::cuda::value : nb::device::cpu::value;
-  nb::ndarray<nb::pytorch> array(reinterpret_cast<void*>(address), shape.size(), extents.data(), keeper, strides.data(),
-                                 element, device_type, device_index);
-  return array.cast();
+  return from_dlpack()(capsule);
+}
+
+nb::object to_pair(nb::handle type, const nb::object& k, const nb::object& v) {
+  static const auto make = reinterpret_cast<newfunc>(PyType_GetSlot(&PyTuple_Type, Py_tp_new));
+  const nb::tuple arguments = nb::make_tuple(nb::make_tuple(k, v));
+  PyObject* const pair = make(reinterpret_cast<PyTypeObject*>(type.ptr()), arguments.ptr(), nullptr);
+  if (pair == nullptr) throw nb::python_error();
+  return nb::steal(pair);
 }
 
 void bind_tensors(nb::module_& module) {

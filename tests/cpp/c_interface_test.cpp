@@ -241,6 +241,59 @@ TEST(CInterface, FitsSaysWhatAStepWouldGet) {
   }
 }
 
+TEST(CInterface, FitsCountsRequestsThatHaveNoSlotYet) {
+  const Cache cache;
+  ASSERT_EQ(vattn_cache_set_memory_limit(cache.handle, 8 * kPage), VATTN_OK);
+  const std::int64_t slot = cache.alloc();
+  const std::int64_t length = 1;
+  const auto fits = [&](const std::vector<std::int64_t>& fresh) {
+    std::int32_t answer = -1;
+    const auto count = static_cast<std::int64_t>(fresh.size());
+    EXPECT_EQ(vattn_cache_fits_new(cache.handle, &slot, &length, 1, fresh.data(), count, &answer), VATTN_OK) << last_error();
+    return answer;
+  };
+  EXPECT_EQ(fits({}), 1);
+  EXPECT_EQ(fits({kPageTokens}), 1);
+  EXPECT_EQ(fits({kPageTokens + 1}), 0) << "two page groups there are";
+  EXPECT_EQ(fits({1, 1, 1, 1}), 0) << "three free slots there are";
+  std::int32_t answer = 7;
+  const std::int64_t negative = -1;
+  EXPECT_EQ(vattn_cache_fits_new(cache.handle, nullptr, nullptr, 0, &negative, 1, &answer), VATTN_INVALID_ARGUMENT);
+  EXPECT_EQ(answer, 7);
+}
+
+TEST(CInterface, SlotBytesAreWhatFreeingGives) {
+  const Cache cache;
+  const std::int64_t slot = cache.alloc();
+  ASSERT_EQ(cache.step(slot, kPageTokens + 1), VATTN_OK);
+  std::uint64_t bytes = 0;
+  ASSERT_EQ(vattn_cache_slot_bytes(cache.handle, slot, &bytes), VATTN_OK);
+  EXPECT_EQ(bytes, 8U * kPage);
+  const std::uint64_t before = cache.stats().available_bytes;
+  ASSERT_EQ(vattn_cache_free(cache.handle, slot), VATTN_OK);
+  EXPECT_EQ(cache.stats().available_bytes, before + bytes);
+}
+
+TEST(CInterface, SpansOfTokensAreWritten) {
+  const Cache cache;
+  const std::int64_t slot = cache.alloc();
+  ASSERT_EQ(cache.step(slot, 5), VATTN_OK);
+  std::vector<std::uint16_t> rows(std::size_t{3} * 2 * 16);
+  for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<std::uint16_t>(i / 32 + 1);  // a token's number
+  const std::int64_t position = 2;
+  ASSERT_EQ(vattn_cache_write_spans(cache.handle, 0, &slot, &position, 1, 3, rows.data(), rows.data()), VATTN_OK)
+      << last_error();
+  auto k = ready<vattn_view>();
+  auto v = ready<vattn_view>();
+  ASSERT_EQ(vattn_cache_view(cache.handle, 0, slot, &k, &v), VATTN_OK);
+  const auto at = [&](std::int64_t token) { return static_cast<std::uint16_t*>(k.data)[token * k.strides[0] + 17]; };
+  EXPECT_EQ(at(1), 0);
+  EXPECT_EQ(at(2), 1);
+  EXPECT_EQ(at(4), 3);
+  const std::int64_t late = 3;
+  EXPECT_EQ(vattn_cache_write_spans(cache.handle, 0, &slot, &late, 1, 3, rows.data(), rows.data()), VATTN_OUT_OF_RANGE);
+}
+
 TEST(CInterface, WhatIsWrittenIsReadThroughEveryView) {
   const Cache cache;
   std::int64_t first = -1;
@@ -882,6 +935,9 @@ TEST(CInterface, ANullCacheIsRefusedByEveryFunction) {
       {"cache", [&] { return vattn_cache_step_on_stream(nullptr, &n, 1, 0); }},
       {"cache", [&] { return vattn_cache_step_slots(nullptr, &n, &n, 1); }},
       {"cache", [&] { return vattn_cache_fits(nullptr, &n, &n, 1, &fits); }},
+      {"cache", [&] { return vattn_cache_fits_new(nullptr, &n, &n, 1, &n, 1, &fits); }},
+      {"cache", [&] { return vattn_cache_slot_bytes(nullptr, 0, &bytes); }},
+      {"cache", [&] { return vattn_cache_write_spans(nullptr, 0, &n, &n, 1, 1, &n, &n); }},
       {"cache", [&] { return vattn_cache_seq_len(nullptr, 0, &n); }},
       {"cache", [&] { return vattn_cache_committed_len(nullptr, 0, &n); }},
       {"cache", [&] { return vattn_cache_view(nullptr, 0, 0, &k, &v); }},
@@ -921,6 +977,11 @@ TEST(CInterface, ANullResultOrListOfACacheIsRefusedAndNothingIsTaken) {
       {"lengths", [&] { return vattn_cache_step_slots(it, &n, nullptr, 1); }},
       {"slots", [&] { return vattn_cache_fits(it, nullptr, &n, 1, &fits); }},
       {"fits", [&] { return vattn_cache_fits(it, &n, &n, 1, nullptr); }},
+      {"fits", [&] { return vattn_cache_fits_new(it, &n, &n, 1, &n, 1, nullptr); }},
+      {"fresh", [&] { return vattn_cache_fits_new(it, &n, &n, 1, nullptr, 1, &fits); }},
+      {"bytes", [&] { return vattn_cache_slot_bytes(it, 0, nullptr); }},
+      {"slots", [&] { return vattn_cache_write_spans(it, 0, nullptr, &n, 1, 1, &n, &n); }},
+      {"positions", [&] { return vattn_cache_write_spans(it, 0, &n, nullptr, 1, 1, &n, &n); }},
       {"tokens", [&] { return vattn_cache_seq_len(it, 0, nullptr); }},
       {"tokens", [&] { return vattn_cache_committed_len(it, 0, nullptr); }},
       {"k", [&] { return vattn_cache_view(it, 0, 0, nullptr, &view); }},

@@ -145,6 +145,11 @@ def rows_shaped(number: int | None, value: Any) -> bool | None:
     return sized()(number, value)
 
 
+def some_sequence(number: int | None, value: Any) -> bool | None:
+    """A sequence: several legal ones among the odd values."""
+    return None if number is None and (hasattr(value, "tolist") or isinstance(value, list | tuple)) else False
+
+
 LENGTHS = only(*(number for number in INTEGERS if 0 <= number <= MOST_TOKENS))
 SLOT, SLOTS, LAYER = [(plain, only(1))], [(listed, only(1)), (plain, nothing)], [(plain, only(0, 1))]
 STEP: list[tuple[Wrap, Legal]] = [
@@ -180,6 +185,8 @@ CASES: dict[str, list[tuple[Wrap, Legal]]] = {
     "KVCache.__init__.dense": [(plain, only(also=(True, False)))],
     "KVCache.alloc.expected_len": [(plain, lambda number, value: value is None or LENGTHS(number, value))],
     "KVCache.alloc.stream": STREAM,
+    "KVCache.alloc_batch.n": [(plain, only(1, 2))],
+    "KVCache.alloc_batch.stream": STREAM,
     "KVCache.alloc_block.n": [(plain, only(1, 2))],
     "KVCache.alloc_block.stream": STREAM,
     "KVCache.free.slot": SLOT,
@@ -187,6 +194,9 @@ CASES: dict[str, list[tuple[Wrap, Legal]]] = {
     "KVCache.record_stream.stream": [(plain, given_handles), (Says, given_handles)],
     "KVCache.step.lengths": STEP,
     "KVCache.fits.lengths": STEP,
+    "KVCache.fits.new": [(listed, LENGTHS), (plain, some_sequence)],
+    "KVCache.rows.slots": SLOTS,
+    "KVCache.slot_bytes.slot": SLOT,
     "KVCache.truncate.slot": SLOT,
     "KVCache.truncate.n": [(plain, only(0, 1, 2, 3))],
     "KVCache.truncate.stream": STREAM,
@@ -262,6 +272,7 @@ def arguments(owner: str, method: str, device: str) -> dict[str, Any]:
     every: dict[str, Any] = {"lengths": {1: 5}, "slot": 1, "slots": [1], "positions": [0], "layer": 0, "length": 3}
     every |= {
         "n": 1,
+        "new": [3],
         "stream": 7,
         "expected_len": 3,
         "k": new,

@@ -11,7 +11,7 @@ import pytest
 from vattn.bench import process, programs
 from vattn.bench.benchmark import Case, Settings
 from vattn.bench.block_tables import BLOCK_TOKENS, NaiveBlockTable, PersistentBlockTable
-from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, mappings, replay, step
+from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, loop, mappings, replay, step
 from vattn.tools.memories import PagedMemory
 
 QUICK = Settings(quick=True)
@@ -45,6 +45,15 @@ def test_steps_of_all_kinds_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert advancing.facts["driver_calls"] == 0, "growth stays within mapped memory"
     check(unchanged, "step", {step.CPP, *(f"Python, {form}" for form in step.FORMS)})
     assert len(unchanged.bounds) == 2
+
+
+def test_the_loop_of_a_decode_step_is_timed_beside_bare_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in {"LAYERS": 2, "SLOTS": 3, "DIM": 8}.items():
+        monkeypatch.setattr(loop, name, small)
+    views, writes = loop.run(QUICK)
+    for case in (views, writes):
+        check(case, "loop", {loop.ROWS, loop.CALLS, loop.TORCH})
+        assert [(bound.base, bound.most) for bound in case.bounds] == [(loop.TORCH, 1.2)] * 2
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -231,6 +231,9 @@ CASES: dict[str, Case] = {
         on("cache", lambda it, world: it.alloc(8, stream=world.stream)),
         lambda world: len(world.cache) == 3,
     ),
+    "KVCache.alloc_batch": Case(
+        ("streams",), on("cache", lambda it, world: it.alloc_batch(3, stream=world.stream)), lambda w: len(w.cache) == 5
+    ),
     "KVCache.alloc_block": Case(
         ("streams",), on("cache", lambda it, world: it.alloc_block(3, stream=world.stream)), lambda w: len(w.cache) == 5
     ),
@@ -319,6 +322,8 @@ QUIET: dict[str, Run] = {
     "KVCache.__reduce__": on("cache", lambda it, _: refused(it.__reduce__)),
     "KVCache.seq_len": on("cache", lambda it, _: it.seq_len(0)),
     "KVCache.committed_len": on("cache", lambda it, _: it.committed_len(0)),
+    "KVCache.slot_bytes": on("cache", lambda it, _: it.slot_bytes(0)),
+    "KVCache.rows": on("cache", lambda it, _: it.rows([0, 1])),
     "KVCache.view": on("cache", lambda it, _: it.view(0, 0)),
     "KVCache.batch": on("cache", lambda it, _: it.batch(0, [0, 1], TOKENS)),
     "KVCache.layer": on("cache", lambda it, _: it.layer(0)),

@@ -16,6 +16,8 @@ from conftest import TOKENS, group_bytes, make_cache, skip_without_cuda, tensor_
 CALLS: dict[str, Callable[[vattn.KVCache], object]] = {
     "alloc": lambda cache: cache.alloc(),
     "alloc_block": lambda cache: cache.alloc_block(1),
+    "alloc_batch": lambda cache: cache.alloc_batch(1),
+    "rows": lambda cache: cache.rows([0]),
     "free": lambda cache: cache.free(0),
     "slots": lambda cache: cache.slots(),
     "len": lambda cache: len(cache),
@@ -24,6 +26,8 @@ CALLS: dict[str, Callable[[vattn.KVCache], object]] = {
     "step-tensor": lambda cache: cache.step(torch.zeros(4, dtype=torch.int64)),
     "step-empty": lambda cache: cache.step({}),
     "fits": lambda cache: cache.fits({0: 1}),
+    "fits-new": lambda cache: cache.fits({}, new=[1]),
+    "slot_bytes": lambda cache: cache.slot_bytes(0),
     "truncate": lambda cache: cache.truncate(0, 0),
     "seq_len": lambda cache: cache.seq_len(0),
     "committed_len": lambda cache: cache.committed_len(0),

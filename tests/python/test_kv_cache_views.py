@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -266,6 +268,71 @@ def test_write_puts_each_token_where_it_was_told(device: str, layout: str) -> No
             assert values is not None
             assert torch.equal(keys[position], k[i])
             assert torch.equal(values[position], v[i])
+
+
+@LAYOUTS
+def test_write_takes_spans_of_several_tokens(device: str, layout: str) -> None:
+    with make_cache(device, layout=layout, v_head_dim=8, layers_per_tensor=1) as cache:
+        cache.alloc_batch(3)
+        cache.step([7, 3, 9, 0])
+        where = tensor_device(device)
+        k = torch.rand(3, 3, 2, cache.head_dim, device=where)
+        v = torch.rand(3, 3, 2, 8, device=where)
+        cache.write(1, [2, 0, 1], [6, 1, 0], k, v)
+        if device != "meta":
+            for i, (slot, start) in enumerate([(2, 6), (0, 1), (1, 0)]):
+                keys, values = cache.view(1, slot)
+                assert torch.equal(keys[start : start + 3], k[i])
+                assert torch.equal(values[start : start + 3], v[i])
+            before = cache.view(1, 1).k.clone()
+        for position in (1, -1, 2**62):
+            with pytest.raises(IndexError, match=f"positions: {position} of slot 1, with 3 tokens"):
+                cache.write(1, [0, 1], [0, position], k[:2] + 1, v[:2])
+        if device != "meta":
+            assert torch.equal(cache.view(1, 1).k, before)
+            assert torch.equal(cache.view(1, 0).k[1:4], k[1])
+
+
+def test_write_takes_spans_where_layers_share_a_tensor(device: str) -> None:
+    without_meta(device)
+    with make_cache(device, num_layers=2, layers_per_tensor=2, head_dim=64, layout="NHD") as cache:
+        cache.step({cache.alloc(): 5})
+        k = torch.rand(2, 1, 4, 2, 64, device=tensor_device(device))
+        for layer in range(2):
+            cache.write(layer, [0], [1], k[layer], k[layer] + 1)
+        for layer in range(2):
+            assert torch.equal(cache.view(layer, 0).k[1:], k[layer, 0])
+            assert torch.equal(cache.view(layer, 0).v[1:], k[layer, 0] + 1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["list", "tuple", "int64", "int32", "strided", "torch", "torch int32", "int16", "range"]
+)
+def test_slots_and_positions_come_in_any_form_of_integers(device: str, kind: str) -> None:
+    forms: dict[str, Callable[[list[int]], Any]] = {
+        "list": list,
+        "tuple": tuple,
+        "int64": np.array,
+        "int32": lambda numbers: np.array(numbers, dtype=np.int32),
+        "strided": lambda numbers: np.repeat(np.array(numbers, dtype=np.int32), 2)[::2],
+        "torch": torch.tensor,
+        "torch int32": lambda numbers: torch.tensor(numbers, dtype=torch.int32),
+        "int16": lambda numbers: np.array(numbers, dtype=np.int16),
+        "range": lambda numbers: range(numbers[0], numbers[-1] + 1),
+    }
+    form = forms[kind]
+    with make_cache(device) as cache:
+        cache.alloc_batch(3)
+        cache.step({0: 3, 1: 4, 2: 5})
+        new = torch.rand(2, 2, cache.head_dim, device=tensor_device(device))
+        cache.write(0, form([1, 2]), form([2, 3]), new, new)
+        if device != "meta":
+            assert torch.equal(cache.view(0, 1).k[2], new[0])
+            assert torch.equal(cache.view(0, 2).v[3], new[1])
+        with pytest.raises(ValueError, match="positions has 2 entries, slots has 3"):
+            cache.write(0, form([0, 1, 2]), form([0, 1]), new, new)
+        with pytest.raises(ValueError, match="2 entries, slots has 3"):
+            cache.write(0, form([0, 1, 2]), form([0, 1, 2]), new, new)
 
 
 def test_write_past_the_length_is_an_index_error_and_writes_nothing(device: str) -> None:

@@ -351,9 +351,10 @@ def test_memory_that_is_no_longer_anybodys_is_not_vattns() -> None:
     assert not _core.owns(address)
 
 
-def test_a_view_of_more_than_eight_dimensions_is_refused() -> None:
-    native = _core.GrowableTensor([1] * 40, 4, "float32", "cpu", page_size=None, memory_limit=None, pool=None)
-    with pytest.raises(ValueError, match="41 dimensions"):
-        native.tensor()
-    fits = _core.GrowableTensor([1] * 7, 4, "float32", "cpu", page_size=None, memory_limit=None, pool=None)
-    assert fits.tensor().dim() == 8
+def test_a_tensor_of_more_dimensions_than_eight_is_whole() -> None:
+    native = _core.GrowableTensor([1] * 39 + [3], 4, "float32", "cpu", page_size=None, memory_limit=None, pool=None)
+    native.resize(2)
+    tensor = native.tensor()
+    assert tuple(tensor.shape) == (2, *[1] * 39, 3)
+    tensor.copy_(torch.arange(6.0).view(tensor.shape))
+    assert native.tensor().flatten().tolist() == [0, 1, 2, 3, 4, 5]

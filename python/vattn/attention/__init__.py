@@ -35,6 +35,7 @@ from vattn.attention.kernel import Blocks, Kernel, KernelUnavailableError, Rows
 from vattn.attention.sdpa import Sdpa, attend_one, attend_spans, fold_groups
 from vattn.attention.torch_flash import TorchFlash
 from vattn.attention.triton_attention import TritonAttention
+from vattn.rows import Rows as SlotRows
 
 if TYPE_CHECKING:
     from vattn import KVCache
@@ -63,14 +64,18 @@ AUTO = ("fa3", "flash_attn2", "torch_flash", "triton", "sdpa")
 
 def decode(
     q: torch.Tensor,
-    cache: KVCache,
+    cache: KVCache | SlotRows,
     layer: int,
-    slots: Sequence[int],
+    slots: Sequence[int] | None = None,
     *,
     kernel: str = "auto",
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of the newest token of each slot over everything the slot holds.
+
+    Called as `decode(q, rows, layer)` with `rows = cache.rows(slots)`, or as `decode(q, cache, layer, slots)`. With
+    rows what a kernel needs is prepared once and kept, and a kernel that reads lengths from the device can be captured
+    into a CUDA graph: run it once before, and `cache.step` before each replay. Others are refused in a capture.
 
     `q` is (n, q_heads, head_dim), or (n, 1, q_heads, head_dim), row i for `slots[i]`, whose own key and value are
     already in the cache. `q_heads` is a multiple of the cache's heads. `kernel` is "auto" or a name that `kernels()`
@@ -81,24 +86,27 @@ def decode(
     cache the kernel cannot read; KernelUnavailableError for a kernel that cannot run here; and what the cache raises
     for a bad layer or slot.
     """
-    slots = _slot_list(slots)
-    _check_tensor("q", q, (3, 4), len(slots))
+    where, slot_list = _where(cache, slots)
+    n = len(slot_list)
+    _check_tensor("q", q, (3, 4), n)
     if q.dim() == 4 and q.shape[1] != 1:
         raise ValueError(f"q has {q.shape[1]} tokens a slot, shape {tuple(q.shape)}; decode takes one: use prefill")
-    out = _attend(q.reshape(len(slots), 1, *q.shape[-2:]), cache, layer, slots, kernel, scale)
+    out = _attend(q.reshape(n, 1, *q.shape[-2:]), where, layer, slot_list, kernel, scale)
     return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
 def prefill(
     q: torch.Tensor | Sequence[torch.Tensor],
-    cache: KVCache,
+    cache: KVCache | SlotRows,
     layer: int,
-    slots: Sequence[int],
+    slots: Sequence[int] | None = None,
     *,
     kernel: str = "auto",
     scale: float | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """Causal attention of the newest tokens of each slot over everything up to themselves.
+
+    Called with rows or with a cache and slots, as `decode`.
 
     `q` is (n, tokens, q_heads, head_dim), or, where slots have different numbers of new tokens, a list of n tensors
     (tokens_i, q_heads, head_dim). The new tokens' keys and values are already in the cache, so the last query belongs
@@ -107,18 +115,19 @@ def prefill(
     Returns a tensor or a list like `q`, with the values' dim last. `kernel`, `scale` and errors are those of `decode`;
     more queries than the slot has tokens is a ValueError.
     """
-    slots = _slot_list(slots)
+    where, slot_list = _where(cache, slots)
     if isinstance(q, torch.Tensor):
-        _check_tensor("q", q, (4,), len(slots))
-        return _attend(q, cache, layer, slots, kernel, scale)
+        _check_tensor("q", q, (4,), len(slot_list))
+        return _attend(q, where, layer, slot_list, kernel, scale)
     queries = list(q)
-    if len(queries) != len(slots):
-        raise ValueError(f"q has {len(queries)} tensors for {len(slots)} slots; give one a slot")
+    if len(queries) != len(slot_list):
+        raise ValueError(f"q has {len(queries)} tensors for {len(slot_list)} slots; give one a slot")
     for row, query in enumerate(queries):
         _check_tensor(f"q[{row}]", query, (3,), None)
+    whole = where.cache if isinstance(where, SlotRows) else where
     return [
-        _attend(query.unsqueeze(0), cache, layer, [slot], kernel, scale).squeeze(0)
-        for query, slot in zip(queries, slots, strict=True)
+        _attend(query.unsqueeze(0), whole, layer, [slot], kernel, scale).squeeze(0)
+        for query, slot in zip(queries, slot_list, strict=True)
     ]
 
 
@@ -135,20 +144,53 @@ def kernels(device: torch.device | str) -> dict[str, str]:
 
 
 def _attend(
-    q: torch.Tensor, cache: KVCache, layer: int, slots: list[int], kernel: str, scale: float | None
+    q: torch.Tensor, where: KVCache | SlotRows, layer: int, slots: list[int], kernel: str, scale: float | None
 ) -> torch.Tensor:
     """(n, tokens, q_heads, dim) -> (n, tokens, q_heads, value dim)."""
-    lengths = [_length(cache, slot) for slot in slots]
+    if isinstance(where, SlotRows):
+        return _attend_rows(q, where, layer, kernel, scale)
+    lengths = [where.seq_len(slot) for slot in slots]
+    _check_lengths(q, slots, lengths)
+    k, v = _checked(q, *where.layer(layer))
+    chosen = _choose(kernel, where, q.device)
+    return chosen.prepare(Rows(slots, lengths, q.device), k, v, q.shape[1], q.shape[2], scale)(q, k, v)
+
+
+def _attend_rows(q: torch.Tensor, rows: SlotRows, layer: int, kernel: str, scale: float | None) -> torch.Tensor:
+    """The same, with what was prepared kept with the rows: for good where lengths are read from the device, else for as
+    long as they are the same."""
+    change, _, lengths = rows._now()
+    _check_lengths(q, rows._slots, lengths)
+    k, v = _checked(q, *rows.cache.layer(layer))
+    kept = rows._prepared
+    chosen: Kernel | None = kept.get(kernel)
+    if chosen is None:
+        chosen = kept[kernel] = _choose(kernel, rows.cache, q.device)
+    on_device = chosen.lengths_on_device
+    if not on_device and rows._is_capturing():
+        raise ValueError(
+            f"kernel={chosen.name!r} takes lengths from the host, so a captured graph would replay old ones: name a "
+            "kernel that reads them from the device"
+        )
+    memory = rows._for_kernel() if on_device else None  # its lengths are refreshed, also where the launch is kept
+    what = chosen.name, q.shape[1], q.shape[2], scale
+    prepared_for, launch = kept.get(what, (None, None))
+    if launch is None or (not on_device and prepared_for != change):
+        memory = memory or Rows(rows._slots, lengths, q.device)
+        launch = chosen.prepare(memory, k, v, q.shape[1], q.shape[2], scale)
+        kept[what] = change, launch
+    out: torch.Tensor = launch(q, k, v)
+    return out
+
+
+def _check_lengths(q: torch.Tensor, slots: Sequence[int], lengths: Sequence[int]) -> None:
     for slot, length in zip(slots, lengths, strict=True):
+        if length == 0:
+            raise ValueError(f"slot {slot} holds no tokens; step it and write its keys and values first")
         if q.shape[1] > length:
             raise ValueError(
                 f"q has {q.shape[1]} tokens and slot {slot} holds {length}; write their keys and values first"
             )
-    k, v = cache.layer(layer)
-    k, v = _checked(q, k, v)
-    chosen = _choose(kernel, cache, q.device)
-    rows = Rows(slots, lengths, q.device)
-    return chosen.prepare(rows, k, v, q.shape[1], q.shape[2], scale)(q, k, v)
 
 
 def _choose(name: str, cache: KVCache, device: torch.device) -> Kernel:
@@ -178,20 +220,20 @@ def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> tuple[
     return k, v
 
 
-def _slot_list(slots: Sequence[int]) -> list[int]:
+def _where(cache: KVCache | SlotRows, slots: Sequence[int] | None) -> tuple[KVCache | SlotRows, list[int]]:
+    """Rows, or a cache, and the slots."""
+    if isinstance(cache, SlotRows):
+        if slots is not None:
+            raise TypeError(f"slots={slots!r} must not be given with rows, which name their slots")
+        return cache, cache._slots
+    if slots is None:
+        raise TypeError("slots must name the slots of the cache; or give cache.rows(slots) instead of the cache")
     if isinstance(slots, int):
         raise TypeError(f"slots must be a sequence of slots, got {slots!r}; for one slot give [{slots}]")
-    slots = to_ints(slots, "slots")
-    if not slots:
+    slot_list = to_ints(slots, "slots")
+    if not slot_list:
         raise ValueError("slots is empty; name at least one slot")
-    return slots
-
-
-def _length(cache: KVCache, slot: int) -> int:
-    length = cache.seq_len(slot)
-    if length == 0:
-        raise ValueError(f"slot {slot} holds no tokens; step it and write its keys and values first")
-    return length
+    return cache, slot_list
 
 
 def _check_tensor(name: str, q: torch.Tensor, dims: tuple[int, ...], rows: int | None) -> None:

@@ -41,13 +41,21 @@ class KernelUnavailableError(Error, RuntimeError):
 class _Requests:
     """The lengths of the requests of a launch, on the host and, for kernels that read them there, on the device."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str, longest: int | None) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str,
+        longest: int | None,
+        on_device: torch.Tensor | None = None,
+    ) -> None:
         self.lengths = tuple(lengths)
         #: No length goes past it while this is in use: it sizes grids and splits. None given: the longest now.
         self.longest = max(self.lengths) if longest is None else longest
         self.device = torch.device(device)
         self._check(self.lengths)
-        self.lengths_on_device = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+        self.lengths_on_device = (
+            torch.tensor(self.lengths, dtype=torch.int32, device=self.device) if on_device is None else on_device
+        )
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """New lengths, written where launches (and captured graphs) read them; not while a graph is being captured.
@@ -79,12 +87,16 @@ class Rows(_Requests):
         lengths: Sequence[int],
         device: torch.device | str,
         longest: int | None = None,
+        on_device: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        """`on_device`: slots and lengths as int32 tensors there, kept up to date by their owner; None: made here."""
         if len(slots) != len(lengths):
             raise ValueError(f"lengths has {len(lengths)} entries for {len(slots)} slots; give one each")
-        super().__init__(lengths, device, longest)
+        super().__init__(lengths, device, longest, None if on_device is None else on_device[1])
         self.slots = tuple(slots)
-        self.slots_on_device = torch.tensor(self.slots, dtype=torch.int32, device=self.device)
+        self.slots_on_device = (
+            torch.tensor(self.slots, dtype=torch.int32, device=self.device) if on_device is None else on_device[0]
+        )
 
 
 class Blocks(_Requests):

@@ -147,6 +147,14 @@ vattn_status vattn_cache_fits(vattn_cache* cache, const int64_t* slots, const in
             [&](KVCache& it) { return it.fits(std::span<const vattn::SlotLength>(pairs_of(slots, lengths, count))) ? 1 : 0; });
 }
 
+vattn_status vattn_cache_fits_new(vattn_cache* cache, const int64_t* slots, const int64_t* lengths, int64_t count,
+                                  const int64_t* fresh, int64_t fresh_count, int32_t* fits) {
+  return on(cache, fits, "fits", [&](KVCache& it) {
+    const auto named = pairs_of(slots, lengths, count);
+    return it.fits(std::span<const vattn::SlotLength>(named), span_of(fresh, fresh_count, "fresh")) ? 1 : 0;
+  });
+}
+
 vattn_status vattn_cache_truncate(vattn_cache* cache, int64_t slot, int64_t tokens) {
   return on(cache, [&](KVCache& it) { it.truncate(slot, tokens); });
 }
@@ -159,12 +167,21 @@ vattn_status vattn_cache_committed_len(vattn_cache* cache, int64_t slot, int64_t
   return on(cache, tokens, "tokens", [&](KVCache& it) { return it.committed_len(slot); });
 }
 
-vattn_status vattn_cache_write(vattn_cache* cache, int64_t layer, const int64_t* slots, const int64_t* positions, int64_t count,
-                               const void* k, const void* v) {
+vattn_status vattn_cache_slot_bytes(vattn_cache* cache, int64_t slot, uint64_t* bytes) {
+  return on(cache, bytes, "bytes", [&](KVCache& it) { return it.slot_bytes(slot); });
+}
+
+vattn_status vattn_cache_write_spans(vattn_cache* cache, int64_t layer, const int64_t* slots, const int64_t* positions,
+                                     int64_t count, int64_t tokens, const void* k, const void* v) {
   return on(cache, [&](KVCache& it) {
     it.write(layer, span_of(slots, count, "slots"), span_of(positions, count, "positions"), reinterpret_cast<vattn::Address>(k),
-             reinterpret_cast<vattn::Address>(v));
+             reinterpret_cast<vattn::Address>(v), tokens);
   });
+}
+
+vattn_status vattn_cache_write(vattn_cache* cache, int64_t layer, const int64_t* slots, const int64_t* positions, int64_t count,
+                               const void* k, const void* v) {
+  return vattn_cache_write_spans(cache, layer, slots, positions, count, 1, k, v);
 }
 
 vattn_status vattn_cache_memory_limit(vattn_cache* cache, uint64_t* bytes) {

@@ -196,9 +196,14 @@ VATTN_C_API vattn_status vattn_cache_step_slots(vattn_cache* cache, const int64_
                                                 int64_t count);
 VATTN_C_API vattn_status vattn_cache_fits(vattn_cache* cache, const int64_t* slots, const int64_t* lengths, int64_t count,
                                           int32_t* fits);
+/* The same with requests that have no slot yet, of fresh[0..fresh_count) tokens, which need a free slot each. */
+VATTN_C_API vattn_status vattn_cache_fits_new(vattn_cache* cache, const int64_t* slots, const int64_t* lengths, int64_t count,
+                                              const int64_t* fresh, int64_t fresh_count, int32_t* fits);
 VATTN_C_API vattn_status vattn_cache_truncate(vattn_cache* cache, int64_t slot, int64_t tokens);
 VATTN_C_API vattn_status vattn_cache_seq_len(vattn_cache* cache, int64_t slot, int64_t* tokens);
 VATTN_C_API vattn_status vattn_cache_committed_len(vattn_cache* cache, int64_t slot, int64_t* tokens);
+/* Bytes of memory that are this slot's alone: what the budget has more of when the slot is freed. */
+VATTN_C_API vattn_status vattn_cache_slot_bytes(vattn_cache* cache, int64_t slot, uint64_t* bytes);
 
 /* Views, into structs that VATTN_INIT made ready and that keep no memory: release those first.
  * (tokens, heads, dim) */
@@ -218,6 +223,10 @@ VATTN_C_API vattn_status vattn_view_release(vattn_view* view);
 /* Entry i goes to positions[i] of slots[i]; k and v are dense (count, heads, dim) on the cache's device. */
 VATTN_C_API vattn_status vattn_cache_write(vattn_cache* cache, int64_t layer, const int64_t* slots, const int64_t* positions,
                                            int64_t count, const void* k, const void* v);
+/* A span an entry: its `tokens` tokens go to positions[i] and after; k and v are dense (count, tokens, heads, dim). */
+VATTN_C_API vattn_status vattn_cache_write_spans(vattn_cache* cache, int64_t layer, const int64_t* slots,
+                                                 const int64_t* positions, int64_t count, int64_t tokens, const void* k,
+                                                 const void* v);
 
 VATTN_C_API vattn_status vattn_cache_memory_limit(vattn_cache* cache, uint64_t* bytes);
 VATTN_C_API vattn_status vattn_cache_set_memory_limit(vattn_cache* cache, int64_t bytes);

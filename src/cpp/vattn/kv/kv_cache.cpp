@@ -173,12 +173,12 @@ std::int64_t KVCache::alloc(std::optional<std::int64_t> expected_len, std::optio
   return slot;
 }
 
-std::vector<std::int64_t> KVCache::alloc_block(std::int64_t count, std::optional<Stream> stream) {
+std::vector<std::int64_t> KVCache::alloc_batch(std::int64_t count, std::optional<Stream> stream) {
   const auto held = lock();
   check_between("n", count, 1, slots_.size());
   const std::int64_t first = slots_.find_free(count);
   if (first < 0) {
-    throw NoFreeSlotError("alloc_block: n=" + std::to_string(count) + ": no " + std::to_string(count) +
+    throw NoFreeSlotError("alloc_batch: n=" + std::to_string(count) + ": no " + std::to_string(count) +
                           " neighbouring slots are free (" + std::to_string(slots_.size() - slots_.active()) + " of " +
                           std::to_string(slots_.size()) + " are): free some, or ask for fewer");
   }
@@ -258,6 +258,13 @@ std::int64_t KVCache::committed_len(std::int64_t slot) const {
   const auto held = lock();
   check_active("slot", slot);
   return committed_tokens(slot);
+}
+
+std::uint64_t KVCache::slot_bytes(std::int64_t slot) const {
+  const auto held = lock();
+  check_active("slot", slot);
+  const auto ledger = pool_->lock();
+  return holder_->pages_in(group(slot).held) * pool_->page_size();
 }
 
 std::int64_t KVCache::committed_tokens(std::int64_t slot) const {

@@ -26,6 +26,7 @@
 #include "vattn/driver/open.hpp"
 #include "vattn/fork.hpp"
 #include "vattn/kv/geometry.hpp"
+#include "vattn/kv/rows.hpp"
 #include "vattn/kv/slot_table.hpp"
 #include "vattn/kv/stats.hpp"
 #include "vattn/memory/growth.hpp"
@@ -67,7 +68,11 @@ class VATTN_API KVCache {
   /// else the largest; of cold ones the lowest. The stream is made to wait for what still uses the slot's memory.
   std::int64_t alloc(std::optional<std::int64_t> expected_len = {}, std::optional<Stream> stream = {});
   /// `count` neighbouring slots, ascending.
-  std::vector<std::int64_t> alloc_block(std::int64_t count, std::optional<Stream> stream = {});
+  std::vector<std::int64_t> alloc_batch(std::int64_t count, std::optional<Stream> stream = {});
+  /// Its first name.
+  std::vector<std::int64_t> alloc_block(std::int64_t count, std::optional<Stream> stream = {}) {
+    return alloc_batch(count, stream);
+  }
   /// Forgets the slot. Its memory stays mapped, for the next request or for whoever needs it, and is guarded by fences.
   void free(std::int64_t slot, std::optional<Stream> stream = {});
   /// The stream uses this cache too: what is given up from now on waits for its work as well.
@@ -86,25 +91,42 @@ class VATTN_API KVCache {
   /// step, if it can be done at once: no growth, no waiting for the lock. False: nothing changed, call step.
   [[nodiscard]] bool try_step(std::span<const std::int64_t> lengths) noexcept;
   /// Would the step have memory? Takes nothing; the same bad arguments throw.
-  [[nodiscard]] bool fits(std::span<const std::int64_t> lengths) const;
-  [[nodiscard]] bool fits(std::span<const SlotLength> lengths) const;
+  /// `fresh`: the lengths of requests that have no slot yet and need one each; without as many free slots the answer is no.
+  [[nodiscard]] bool fits(std::span<const std::int64_t> lengths, std::span<const std::int64_t> fresh = {}) const;
+  [[nodiscard]] bool fits(std::span<const SlotLength> lengths, std::span<const std::int64_t> fresh = {}) const;
   /// Forgets the tokens from `tokens` on. On a driver's failure to zero the guard, the length stays and the tail may be zeroed.
   void truncate(std::int64_t slot, std::int64_t tokens, std::optional<Stream> stream = {});
   [[nodiscard]] std::int64_t seq_len(std::int64_t slot) const;
   /// Tokens that have memory now, look-ahead included; what truncate gave up is not.
   [[nodiscard]] std::int64_t committed_len(std::int64_t slot) const;
+  /// Bytes that are this slot's alone: what the pool has more of when the slot is freed.
+  [[nodiscard]] std::uint64_t slot_bytes(std::int64_t slot) const;
+
+  // Rows: slots named once, for the loop of a server. std::invalid_argument once one of them was freed.
+  /// Slots in use, each once, at least one.
+  [[nodiscard]] Rows rows(std::span<const std::int64_t> slots) const;
+  /// What the last step added to them.
+  [[nodiscard]] LastStep last_step(const Rows& rows) const;
+  /// LastStep::number alone.
+  [[nodiscard]] std::uint64_t changes(const Rows& rows) const;
 
   // Memory. Shapes are always (slot, token, head, dim), whatever the layout.
   /// (length, heads, dim): exactly the tokens in use.
   [[nodiscard]] KVView<3> view(std::int64_t layer, std::int64_t slot) const;
+  /// A view a slot, in the order of the rows.
+  [[nodiscard]] std::vector<KVView<3>> views(std::int64_t layer, const Rows& rows) const;
   /// (n, length, heads, dim) of equally spaced ascending slots. Memory beyond a length that it shows is promised from then on.
   [[nodiscard]] KVView<4> batch(std::int64_t layer, std::span<const std::int64_t> slots, std::int64_t length);
   /// (max_batch_size, max_seq_len, heads, dim): the whole reservation, memory or not.
   [[nodiscard]] KVView<4> layer(std::int64_t layer) const;
-  /// Copies new tokens of several slots: entry i goes to positions[i] of slots[i]. `k` and `v` are dense (n, heads, dim) on the
-  /// cache's device, `v` 0 in a cache of keys only. Done when it returns.
+  /// Copies new tokens of several slots: entry i's `tokens` tokens go to positions[i] and after of slots[i]. `k` and `v` are
+  /// dense (n, tokens, heads, dim) on the cache's device, `v` 0 in a cache of keys only. Done when it returns.
   void write(std::int64_t layer, std::span<const std::int64_t> slots, std::span<const std::int64_t> positions, Address k,
-             Address v);
+             Address v, std::int64_t tokens = 1);
+  /// The tokens that the last step added to the rows, one slot after the other: dense (tokens added, heads, dim).
+  /// std::invalid_argument unless they are `tokens` in all, and `each` in every slot where that is given.
+  void write(std::int64_t layer, const Rows& rows, std::int64_t tokens, Address k, Address v,
+             std::optional<std::int64_t> each = {});
 
   // Budget.
   [[nodiscard]] std::uint64_t memory_limit() const;
@@ -155,8 +177,8 @@ class VATTN_API KVCache {
   [[nodiscard]] std::int64_t committed_tokens(std::int64_t slot) const;
   /// Look-ahead that a view shows must not be taken away from under it.
   void promise(std::span<const std::int64_t> slots, std::int64_t tokens);
-  void grow(std::span<const SlotLength> lengths, std::optional<Stream> stream);
-  [[nodiscard]] bool has_room_for(std::span<const SlotLength> lengths) const;
+  void grow(std::span<const SlotLength> lengths, std::optional<Stream> stream, bool names_all);
+  [[nodiscard]] bool has_room_for(std::span<const SlotLength> lengths, std::span<const std::int64_t> fresh) const;
   [[nodiscard]] bool holds_more_than(std::int64_t slot, const Extent& kept) const;
   void update_quiet(std::int64_t slot) noexcept;
   void check_counts();
@@ -172,6 +194,10 @@ class VATTN_API KVCache {
   [[nodiscard]] std::pair<const Tensor*, const Tensor*> tensors_of(std::int64_t layer) const;
   [[nodiscard]] TensorView<4> make_view(const Tensor& tensor, std::int64_t layer, const SlotRange& range) const;
   [[nodiscard]] KVView<4> make_views(std::int64_t layer, const SlotRange& range) const;
+  [[nodiscard]] KVView<3> make_view_of(std::int64_t layer, std::int64_t slot) const;
+  void check_rows(const Rows& rows) const;
+  [[nodiscard]] LastStep last_step_of(const Rows& rows) const;
+  void write_spans(std::int64_t layer, std::span<const TokenSpan> spans, Address k, Address v);
 
   Generation generation_;
   Device device_;

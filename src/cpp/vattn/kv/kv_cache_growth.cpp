@@ -55,26 +55,26 @@ void KVCache::step(std::span<const std::int64_t> lengths, std::optional<Stream> 
   if (static_cast<std::int64_t>(lengths.size()) == slots_.size() && slots_.advance(lengths)) return;
   const std::vector<SlotLength> pairs = named(lengths);
   check_named(pairs);
-  grow(pairs, stream);
+  grow(pairs, stream, true);
 }
 
 void KVCache::step(std::span<const SlotLength> lengths, std::optional<Stream> stream) {
   const auto held = lock();
   check_named(lengths);
-  grow(lengths, stream);
+  grow(lengths, stream, false);
 }
 
-bool KVCache::fits(std::span<const std::int64_t> lengths) const {
+bool KVCache::fits(std::span<const std::int64_t> lengths, std::span<const std::int64_t> fresh) const {
   const auto held = lock();
   const std::vector<SlotLength> pairs = named(lengths);
   check_named(pairs);
-  return has_room_for(pairs);
+  return has_room_for(pairs, fresh);
 }
 
-bool KVCache::fits(std::span<const SlotLength> lengths) const {
+bool KVCache::fits(std::span<const SlotLength> lengths, std::span<const std::int64_t> fresh) const {
   const auto held = lock();
   check_named(lengths);
-  return has_room_for(lengths);
+  return has_room_for(lengths, fresh);
 }
 
 Extent KVCache::extent(std::int64_t tokens) const noexcept {
@@ -90,7 +90,9 @@ std::int64_t KVCache::tokens_in(const Extent& pages) const noexcept {
   return geometry_.has_v() ? std::min(in_k, geometry_.tokens_in(geometry_.v(), pages[1])) : in_k;
 }
 
-bool KVCache::has_room_for(std::span<const SlotLength> lengths) const {
+bool KVCache::has_room_for(std::span<const SlotLength> lengths, std::span<const std::int64_t> fresh) const {
+  for (const std::int64_t tokens : fresh) check_between("new", tokens, 0, geometry_.config().max_seq_len);
+  if (static_cast<std::int64_t>(fresh.size()) > slots_.size() - slots_.active()) return false;
   std::uint64_t promised = 0;
   std::uint64_t missing = 0;
   {
@@ -104,6 +106,11 @@ bool KVCache::has_room_for(std::span<const SlotLength> lengths) const {
       promised += beyond(memory.held);
       missing += beyond({std::max(memory.held[0], memory.ready[0]), std::max(memory.held[1], memory.ready[1])});
     }
+    // What a free slot still has mapped is counted as what anybody may take, so it need not be known which slot it will be.
+    for (const std::int64_t tokens : fresh) {
+      promised += holder_->pages_in(extent(tokens));
+      missing += holder_->pages_in(extent(tokens));
+    }
   }
   return pool_->has_room(promised, missing);
 }
@@ -114,7 +121,7 @@ Extent KVCache::ahead_of(std::int64_t tokens) const noexcept {
   return lookahead == 0 ? Extent{} : extent(tokens + std::min(lookahead, longest - tokens));
 }
 
-void KVCache::grow(std::span<const SlotLength> lengths, std::optional<Stream> stream) {
+void KVCache::grow(std::span<const SlotLength> lengths, std::optional<Stream> stream, bool names_all) {
   Growth growth(*pool_, *holder_, zero_fill());
   for (const auto& [slot, tokens] : lengths) {
     if (tokens <= slots_.quiet(slot)) continue;
@@ -131,9 +138,12 @@ void KVCache::grow(std::span<const SlotLength> lengths, std::optional<Stream> st
       ++steps_waited_;
     }
   }
+  const auto is_longer = [&](const SlotLength& entry) { return entry.tokens > slots_.length(entry.slot); };
+  const bool any_longer = std::any_of(lengths.begin(), lengths.end(), is_longer);
+  if (any_longer) slots_.begin_step(names_all);
   for (const auto& [slot, tokens] : lengths) {
     const bool past = tokens > slots_.quiet(slot);
-    slots_.set_length(slot, std::max(slots_.length(slot), tokens));
+    if (any_longer) slots_.lengthen(slot, tokens);
     if (past) update_quiet(slot);
     auto& fresh = fresh_[static_cast<std::size_t>(slot)];
     if (fresh == 0 || tokens == 0) continue;
@@ -198,7 +208,7 @@ void KVCache::truncate(std::int64_t slot, std::int64_t tokens, std::optional<Str
     holder_->each_row(static_cast<std::size_t>(slot), zero);
   }
   if (gives_up) retire(slot, {kept, ahead_of(tokens), true}, fences);
-  slots_.set_length(slot, tokens);
+  slots_.shorten(slot, tokens);
   update_quiet(slot);
   check_counts();
 }

@@ -52,14 +52,18 @@ TensorView<3> without_slot(TensorView<4>&& view) {
 
 }  // namespace
 
-KVView<3> KVCache::view(std::int64_t layer, std::int64_t slot) const {
-  const auto held = lock();
-  check_index("layer", layer, geometry_.config().num_layers);
-  check_active("slot", slot);
+KVView<3> KVCache::make_view_of(std::int64_t layer, std::int64_t slot) const {
   KVView<4> views = make_views(layer, {slot, 1, 1, slots_.length(slot)});
   KVView<3> one{without_slot(std::move(views.k)), std::nullopt};
   if (views.v) one.v = without_slot(std::move(*views.v));
   return one;
+}
+
+KVView<3> KVCache::view(std::int64_t layer, std::int64_t slot) const {
+  const auto held = lock();
+  check_index("layer", layer, geometry_.config().num_layers);
+  check_active("slot", slot);
+  return make_view_of(layer, slot);
 }
 
 KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots, std::int64_t length) {
@@ -75,7 +79,7 @@ KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots
       throw std::invalid_argument("slots: " + std::to_string(slots[i - 1]) + ", " + std::to_string(slots[i]) + " at position " +
                                   std::to_string(i) +
                                   " breaks equal ascending steps: one strided batch needs them; "
-                                  "alloc_block gives neighbours");
+                                  "alloc_batch gives neighbours");
     }
     if (const std::int64_t committed = committed_tokens(slots[i]); must_be_there && committed < length) {
       throw std::invalid_argument("length=" + std::to_string(length) + ": slot " + std::to_string(slots[i]) +
@@ -97,47 +101,6 @@ KVView<4> KVCache::batch(std::int64_t layer, std::span<const std::int64_t> slots
 KVView<4> KVCache::layer(std::int64_t layer) const {
   const auto held = lock();
   return make_views(layer, {0, slots_.size(), 1, geometry_.config().max_seq_len});
-}
-
-void KVCache::write(std::int64_t layer, std::span<const std::int64_t> slots, std::span<const std::int64_t> positions, Address k,
-                    Address v) {
-  const auto held = lock();
-  const auto [k_tensor, v_tensor] = tensors_of(layer);
-  if (slots.size() != positions.size()) {
-    throw std::invalid_argument("positions has " + std::to_string(positions.size()) + " entries, slots has " +
-                                std::to_string(slots.size()) + ": one position a slot");
-  }
-  if ((k == 0 && !slots.empty()) || (v_tensor != nullptr && v == 0 && !slots.empty()) || (v_tensor == nullptr && v != 0)) {
-    throw std::invalid_argument(v_tensor == nullptr ? "v must be null in a cache of keys only, k must not"
-                                                    : "k and v must not be null");
-  }
-  for (std::size_t i = 0; i < slots.size(); ++i) {
-    check_active("slot", slots[i]);
-    if (positions[i] < 0 || positions[i] >= slots_.length(slots[i])) {
-      throw std::out_of_range("positions: " + std::to_string(positions[i]) + " of slot " + std::to_string(slots[i]) +
-                              " is outside its length, " + std::to_string(slots_.length(slots[i])) + ": step it first");
-    }
-  }
-  driver_->synchronize();  // k and v may come from work that still runs, and copies do not wait for it
-  const auto element = static_cast<std::int64_t>(size_of(geometry_.config().dtype));
-  const std::int64_t heads = geometry_.config().num_kv_heads;
-  const auto copy_all = [&](const Tensor& tensor, Address from) {
-    const Geometry::Strides strides = geometry_.strides(*tensor.geometry);
-    const std::int64_t head_bytes = tensor.geometry->head_dim * element;
-    // Token-major keeps a token's heads together, so they go in one copy.
-    const std::int64_t pieces = strides.head == tensor.geometry->head_dim ? 1 : heads;
-    const auto piece_bytes = static_cast<std::size_t>(head_bytes * heads / pieces);
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-      const Address to = tensor.buffer->base() + static_cast<Address>(geometry_.offset(*tensor.geometry, layer, slots[i]) +
-                                                                      positions[i] * strides.token * element);
-      for (std::int64_t piece = 0; piece < pieces; ++piece) {
-        driver_->copy(to + static_cast<Address>(piece * strides.head * element), from, piece_bytes);
-        from += piece_bytes;
-      }
-    }
-  };
-  copy_all(*k_tensor, k);
-  if (v_tensor != nullptr) copy_all(*v_tensor, v);
 }
 
 }  // namespace vattn

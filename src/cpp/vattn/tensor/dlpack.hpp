@@ -14,10 +14,14 @@ struct DLManagedTensor;
 
 namespace vattn {
 
+/// Resets the reference, where more is to be done than that: the last one calls the driver.
+using OwnerDropper = void (*)(std::shared_ptr<Buffer>&) noexcept;
+
 /// A new DLManagedTensor; call its `deleter` once. std::invalid_argument for a view on meta, which has no memory to hand over.
 [[nodiscard]] VATTN_API DLManagedTensor* to_dlpack(Address address, std::span<const std::int64_t> shape,
                                                    std::span<const std::int64_t> strides, DType dtype, TensorDevice device,
-                                                   int device_index, std::shared_ptr<Buffer> owner);
+                                                   int device_index, std::shared_ptr<Buffer> owner,
+                                                   OwnerDropper drop = nullptr);
 
 template <std::size_t Rank>
 [[nodiscard]] DLManagedTensor* to_dlpack(const TensorView<Rank>& view) {
