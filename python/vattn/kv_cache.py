@@ -300,7 +300,7 @@ class KVCache(Generic[ValueT]):
             Error: it would grow while torch's current stream, or one recorded, is being captured into a graph.
         """
         if self._followers:
-            self._check_not_capturing()
+            self._check_not_capturing("step")
         if not self._native.step(lengths):
             stream = to_stream(None, self._device_name)
             if not self._native.step_on(lengths, stream):
@@ -319,13 +319,13 @@ class KVCache(Generic[ValueT]):
             if rows is not None:
                 rows._follow()
 
-    def _check_not_capturing(self) -> None:
+    def _check_not_capturing(self, call: str) -> None:
         """A copy from the host to the index tensors of rows cannot be part of a graph: it would replay old numbers."""
         rows = next((rows for rows in (one() for one in self._followers) if rows is not None), None)
         if rows is not None and rows._is_capturing():
             raise Error(
-                "step: torch's current stream is being captured into a graph, and a step refreshes the index tensors "
-                "of rows: step before the capture, and before each replay"
+                f"{call}: torch's current stream is being captured into a graph, and {call} refreshes the index "
+                f"tensors of rows: {call} before the capture, and before each replay"
             )
 
     def fits(
@@ -352,6 +352,8 @@ class KVCache(Generic[ValueT]):
             ValueError: ``n`` is negative or past the length, or the slot is not in use.
             Error: the stream is being captured into a graph.
         """
+        if self._followers:
+            self._check_not_capturing("truncate")
         self._native.truncate(to_int(slot, "slot"), to_int(n, "n"), stream=to_stream(stream, self._device_name))
         if self._followers:
             self._lead()

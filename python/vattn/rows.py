@@ -219,11 +219,13 @@ class Rows(Generic[ValueT]):
         return Mirror(count, dtype_name, self._cache._tensor_kind()[2])
 
     def _is_capturing(self) -> bool:
-        if self._cache._tensor_kind()[2].type != "cuda":
+        device = self._cache._tensor_kind()[2]
+        if device.type != "cuda":
             return False
         import torch
 
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
 
     def _check_not_capturing(self, what: str) -> None:
         if self._is_capturing():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pathlib
+import re
 import threading
 import weakref
 from typing import Any
@@ -342,6 +344,13 @@ def test_rows_keep_the_cache_and_the_cache_does_not_keep_rows(device: str) -> No
     del rows
     gc.collect()
     assert dropped() is None
+
+
+def test_the_page_about_the_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = pathlib.Path(__file__).resolve().parents[2] / "docs" / "loop.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile(program, str(page), "exec"), {})
+    assert capsys.readouterr().out == "[14, 14, 14] torch.Size([3, 8, 64])\n"
 
 
 # Index tensors.

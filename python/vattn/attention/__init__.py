@@ -124,7 +124,10 @@ def prefill(
         raise ValueError(f"q has {len(queries)} tensors for {len(slot_list)} slots; give one a slot")
     for row, query in enumerate(queries):
         _check_tensor(f"q[{row}]", query, (3,), None)
-    whole = where.cache if isinstance(where, SlotRows) else where
+    whole = where
+    if isinstance(where, SlotRows):
+        where._now()  # refused if a slot of it was freed
+        whole = where.cache
     return [
         _attend(query.unsqueeze(0), whole, layer, [slot], kernel, scale).squeeze(0)
         for query, slot in zip(queries, slot_list, strict=True)
