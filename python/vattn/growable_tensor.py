@@ -185,7 +185,8 @@ class GrowableTensor:
     def tensor(self) -> torch.Tensor:
         """The rows in use, ``(len(self), *row_shape)``, sharing memory; always at the same ``data_ptr()``.
 
-        While there are no rows torch gives 0 for it, as for any empty tensor.
+        While there are no rows torch gives 0 for it, as for any empty tensor. It is not inherited: touching it in a
+        forked child (``DataLoader(num_workers=1)`` with the fork method) is a segmentation fault there.
         """
         tensor: torch.Tensor = self._finish((self._native.tensor(),))[0]
         return tensor

@@ -247,7 +247,8 @@ class KVCache:
     def view(self, layer: int, slot: int) -> Views:
         """Keys and values of one slot, ``(seq_len, num_kv_heads, head_dim)``: the tokens in use, sharing memory.
 
-        The tensors keep their addresses, and their contents after :meth:`close`, for as long as they live.
+        The tensors keep their addresses, and their contents after :meth:`close`, for as long as they live. They are
+        not inherited: touching one in a forked child is a segmentation fault there.
         """
         return self._finish(self._native.view(to_int(layer, "layer"), to_int(slot, "slot")))
 
@@ -265,7 +266,8 @@ class KVCache:
         """The whole reservation of a layer: ``(max_batch_size, max_seq_len, num_kv_heads, head_dim)``.
 
         For kernels that take lengths. Not all of it has memory: do not print, copy or save it: that touches every
-        token.
+        token. Writing where no token is (``cache.layer(0)[0].zero_()``) ends the process with a segmentation fault;
+        reading there gives zeros, or under ``unmapped_reads="fault"`` ends it too.
         """
         return self._finish(self._native.layer(to_int(layer, "layer")))
 

@@ -11,7 +11,7 @@ import pytest
 from vattn.bench import process, programs
 from vattn.bench.benchmark import Case, Settings
 from vattn.bench.block_tables import BLOCK_TOKENS, NaiveBlockTable, PersistentBlockTable
-from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, mappings, replay, step
+from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, mappings, members, replay, step
 from vattn.tools.memories import PagedMemory
 
 QUICK = Settings(quick=True)
@@ -45,6 +45,14 @@ def test_steps_of_all_kinds_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert advancing.facts["driver_calls"] == 0, "growth stays within mapped memory"
     check(unchanged, "step", {step.CPP, *(f"Python, {form}" for form in step.FORMS)})
     assert len(unchanged.bounds) == 2
+
+
+def test_members_are_closed_and_processes_with_reservations_forked() -> None:
+    plain, wanting, fork = members.run(QUICK)
+    for case in (plain, wanting):
+        check(case, "members", {"close 20 members", "close 80 members"})
+        assert case.facts["sleeps, 80 members"] > 0
+    check(fork, "members", {"fork, 0 members", "fork, 80 members"})
 
 
 @pytest.mark.parametrize("seed", range(5))
