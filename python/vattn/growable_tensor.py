@@ -186,10 +186,11 @@ class GrowableTensor:
     def tensor(self) -> torch.Tensor:
         """The rows in use, ``(len(self), *row_shape)``, sharing memory; always at the same ``data_ptr()``.
 
-        While there are no rows torch gives 0 for it, as for any empty tensor. Pickling it and sending it to another
-        process (queues, DataLoader) take a copy of the rows it shows, made when it is pickled, and leave it where it
-        is. ``share_memory_()`` does not: torch then gives this tensor object other memory, which appended rows never
-        reach. Call ``.clone()`` first, and share that.
+        While there are no rows torch gives 0 for it, as for any empty tensor. It is not inherited: touching it in a
+        forked child (``DataLoader(num_workers=1)`` with the fork method) is a segmentation fault there. Pickling it and
+        sending it to another process (queues, DataLoader with spawn) take a copy of the rows it shows, made when it is
+        pickled, and leave it where it is. ``share_memory_()`` does not: torch then gives this tensor object other
+        memory, which appended rows never reach. Call ``.clone()`` first, and share that.
 
         ModuleNotFoundError: torch is not installed.
         """

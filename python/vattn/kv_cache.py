@@ -376,7 +376,8 @@ class KVCache(Generic[ValueT]):
         """Keys and values of one slot, ``(seq_len, num_kv_heads, head_dim)``: the tokens in use, sharing memory.
 
         The pair has the fields ``k`` and ``v`` and unpacks as a tuple. The tensors keep their addresses, and their
-        contents after :meth:`close`, for as long as they live.
+        contents after :meth:`close`, for as long as they live. They are not inherited: touching one in a forked child
+        is a segmentation fault there.
 
         Pickling, ``torch.save``, ``deepcopy`` and sending one to another process (queues, DataLoader) take a copy of
         what it shows, made when it is pickled, and leave it in the cache. ``share_memory_()`` does not: torch then
@@ -404,8 +405,10 @@ class KVCache(Generic[ValueT]):
         """The whole reservation of a layer: ``(max_batch_size, max_seq_len, num_kv_heads, head_dim)``.
 
         For kernels that take lengths. Not all of it has memory: do not print, copy, save, send or
-        ``share_memory_()`` it, since that touches every token; nor write, as ``zero_()`` does, where no token is. Take
-        a part of it, ``k[slot, :n]``: what such a part shows is what is pickled and sent, as for :meth:`view`.
+        ``share_memory_()`` it, since that touches every token. Writing where no token is
+        (``cache.layer(0).k[0].zero_()``) ends the process with a segmentation fault; reading there gives zeros, or under
+        ``unmapped_reads="fault"`` ends it too. Take a part of it, ``k[slot, :n]``: what such a part shows is what is
+        pickled and sent, as for :meth:`view`.
         """
         return self._finished(self._native.layer(to_int(layer, "layer"), KV))
 

@@ -11,7 +11,7 @@ import pytest
 from vattn.bench import process, programs
 from vattn.bench.benchmark import Case, Settings
 from vattn.bench.block_tables import BLOCK_TOKENS, NaiveBlockTable, PersistentBlockTable
-from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, loop, mappings, replay, step
+from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, loop, mappings, members, replay, step
 from vattn.tools.memories import PagedMemory
 
 QUICK = Settings(quick=True)
@@ -54,6 +54,14 @@ def test_the_loop_of_a_decode_step_is_timed_beside_bare_torch(monkeypatch: pytes
     for case in (views, writes):
         check(case, "loop", {loop.ROWS, loop.CALLS, loop.TORCH})
         assert [(bound.base, bound.most) for bound in case.bounds] == [(loop.TORCH, 1.2)] * 2
+
+
+def test_members_are_closed_and_processes_with_reservations_forked() -> None:
+    plain, wanting, fork = members.run(QUICK)
+    for case in (plain, wanting):
+        check(case, "members", {"close 20 members", "close 80 members"})
+        assert case.facts["sleeps, 80 members"] > 0
+    check(fork, "members", {"fork, 0 members", "fork, 80 members"})
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -46,6 +46,17 @@ def test_refused_driver_call_is_a_driver_error_with_call_code_and_name(fake: Fak
         cache.step({slot: 8})
 
 
+def test_addresses_that_the_driver_does_not_give_are_called_addresses_and_not_memory(fake: FakeCuda) -> None:
+    fake.fail("cuMemAddressReserve", 1, OUT_OF_MEMORY)
+    with pytest.raises(
+        vattn.OutOfMemoryError, match=r"Addresses are short.*lower max_batch_size or max_seq_len"
+    ) as caught:
+        make_cache("cuda")
+    assert "cuMemAddressReserve" in str(caught.value)
+    assert "bytes free" not in str(caught.value)
+    make_cache("cuda").close()
+
+
 def seen(cache: vattn.KVCache) -> tuple[object, ...]:
     """Everything that a failed operation must leave as it was."""
     now = cache.stats()
