@@ -77,6 +77,7 @@ fuzz: fuzz-build  ## the fuzz targets, FUZZ_SECONDS=60 each, all at once
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/python/test_trace_fuzz.py & requests=$$!; \
 	for target in operations driver_trace; do \
 		build/fuzz/tests/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -timeout=60 -print_final_stats=1 \
+			$(if $(VATTN_SOAK_SEED),-seed=$(VATTN_SOAK_SEED)) \
 			-artifact_prefix=build/fuzz/finds/ build/fuzz/corpus/$$target tests/fuzz/corpus/$$target > $(RESULTS)/fuzz_$$target.log 2>&1 & \
 		eval "$$target=$$!"; \
 	done; \
@@ -110,9 +111,15 @@ reliability: test fuzz sanitize coverage  ## run all that shows it, then write d
 	$(BIN)/python scripts/reliability.py $(RESULTS) > build/reliability.md
 	mv build/reliability.md docs/reliability.md
 
-# Every test that has a long form, seed after seed; each takes its own part of the time.
+# Every test that has a long form, seed after seed; each takes its own part of the time. A soak draws its first seed and prints
+# it; with SEED=N the same programs run again.
 MINUTES ?= 60
-soak: $(READY) $(BUILD)/build.ninja  ## the long form of the reliability tests, MINUTES=60 in all
+ifneq ($(filter soak,$(MAKECMDGOALS)),)
+SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
+export VATTN_SOAK_SEED := $(strip $(SEED))
+endif
+soak: $(READY) $(BUILD)/build.ninja  ## the long form of the reliability tests, MINUTES=60 in all; SEED=N repeats one
+	@echo "soak: the first seed is $(VATTN_SOAK_SEED); make soak MINUTES=$(MINUTES) SEED=$(VATTN_SOAK_SEED) repeats it"
 	$(BIN)/cmake --build $(BUILD) -j $(JOBS)
 	VATTN_SOAK_MINUTES=$(MINUTES) VATTN_TEST_TIMEOUT=0 VATTN_CUDA_LIBRARY=$(CURDIR)/$(BUILD)/tests/libfake_cuda.so \
 		$(BUILD)/tests/vattn_tests --gtest_filter='*/PoolModel.*:*/Threads.*:*/Isolation.*:*/Leaks.*' \

@@ -115,7 +115,7 @@ TEST_P(Isolation, ARequestOfAScrubbedCacheSeesNobodyElsesBytesWhereverItsPagesCo
   const std::optional<Stream> named = on_fake ? std::optional(stream) : std::nullopt;
   std::array<std::vector<Request>, 2> requests;
   const std::array<KVCache*, 2> caches{&one, &other};
-  std::mt19937 random(20261122);
+  std::mt19937 random(Soak::first_seed());
   const auto pick = [&](std::int64_t count) { return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(count)); };
   std::uint64_t owner = 0;
   std::uint64_t seen = 0;

@@ -1,5 +1,5 @@
 // R3 and R4: two caches and a tensor on one pool, driven at random and compared with a model: what each was promised. A million
-// operations on each change, 0 divergences; VATTN_MODEL_SEED sets the first seed.
+// operations on each change, 0 divergences; VATTN_MODEL_SEED, or a soak, sets the first seed.
 //
 // The model is the promises alone: lengths, and the pages they need. After every operation the lengths are the model's, the
 // counts add up, promised bytes are there and hold what was written, and a step fails for want of memory exactly when the
@@ -352,7 +352,7 @@ class PoolModel : public testing::TestWithParam<DriverUnderTest> {};
 TEST_P(PoolModel, KeepsEveryPromiseWhateverFails) {
   const bool counts_only = !GetParam().open()->traits().has_memory;
   const char* const given = std::getenv("VATTN_MODEL_SEED");
-  const unsigned first = given != nullptr ? static_cast<unsigned>(std::strtoul(given, nullptr, 10)) : 20261122;
+  const unsigned first = given != nullptr ? static_cast<unsigned>(std::strtoul(given, nullptr, 10)) : Soak::first_seed();
   const int operations = (counts_only ? 94000 : 6000) / (kSanitized ? 5 : 1);  // 10 rounds of both: a million
   std::uint64_t refusals = 0;
   std::uint64_t failures = 0;

@@ -1,10 +1,13 @@
 // The long form of a test: with VATTN_SOAK_MINUTES a test repeats itself, seed after seed, for its part of that time. Without
-// it a test does what it does on each change, once. Where a test gets more than two minutes, set VATTN_TEST_TIMEOUT for the
-// watchdog. Thread: any.
+// it a test does what it does on each change, once, with the same seed every time. A soak draws its first seed and prints it;
+// VATTN_SOAK_SEED names it, and a run with that seed goes through the same programs. Where a test gets more than two minutes,
+// set VATTN_TEST_TIMEOUT for the watchdog. Thread: any.
 #pragma once
 
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
+#include <random>
 
 #if defined(__has_feature)
 #define VATTN_HAS_FEATURE(name) __has_feature(name)
@@ -36,6 +39,18 @@ class Soak {
   [[nodiscard]] static double seconds() {
     const char* const minutes = std::getenv("VATTN_SOAK_MINUTES");
     return minutes == nullptr ? 0 : 60 * std::strtod(minutes, nullptr);
+  }
+  /// Of every random program of this process: VATTN_SOAK_SEED, else drawn and printed in a soak, else always the same.
+  [[nodiscard]] static unsigned first_seed() {
+    static const unsigned drawn = [] {
+      if (const char* const given = std::getenv("VATTN_SOAK_SEED"))
+        return static_cast<unsigned>(std::strtoul(given, nullptr, 10));
+      if (seconds() <= 0) return 20261122U;
+      const unsigned seed = std::random_device{}();
+      std::fprintf(stderr, "soak: VATTN_SOAK_SEED=%u\n", seed);
+      return seed;
+    }();
+    return drawn;
   }
 
  private:

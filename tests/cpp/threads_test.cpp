@@ -81,7 +81,7 @@ class Threads : public testing::TestWithParam<DriverUnderTest> {
 
   /// One thread's requests, until told to stop; then all are freed.
   void decode(KVCache& cache, unsigned seed) {
-    std::mt19937 random(seed);
+    std::mt19937 random(Soak::first_seed() + seed);
     const auto pick = [&](std::int64_t count) {
       return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(count));
     };

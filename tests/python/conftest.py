@@ -90,8 +90,8 @@ TOKENS = 4
 def make_cache(device: str, **more: Any) -> vattn.KVCache:
     """A small cache whose pages hold four tokens a tensor, whatever the device's page size; token-major unless told.
 
-    Two layers of K and V, a tensor each: a page group is four pages, and four tokens of one slot take one. No look-ahead unless told,
-    so that pages can be counted. With a ``pool``, the pool has the page size: :data:`PAGE`.
+    Two layers of K and V, a tensor each: a page group is four pages, and four tokens of one slot take one. No
+    look-ahead unless told, so that pages can be counted. With a ``pool``, the pool has the page size: :data:`PAGE`.
     """
     page = PAGE[device.partition(":")[0]]
     shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "max_batch_size": 4, "max_seq_len": 64}

@@ -205,8 +205,9 @@ def test_paging_with_large_blocks_takes_whole_blocks() -> None:
 
 def test_replay_is_over_pages_layouts_and_lookahead() -> None:
     cases = replay._parameters(Settings())
-    assert cases[0] == replay.PROMISED
+    assert cases[:2] == [replay.DEFAULT, replay.PROMISED]
     assert {case["page_size"] for case in cases} == {"2MiB", "4MiB", "16MiB"}
-    assert {case["layers_per_tensor"] for case in cases} == {1, 4, 32}
+    assert {case["layers_per_tensor"] for case in cases} == {1, 4, 32, "default"}
     assert {case["lookahead"] for case in cases} == {"default", 0, 512}
     assert [len(replay.bounds_of(case)) for case in cases].count(10) == 1
+    assert [bound.least or bound.most for bound in replay.bounds_of(replay.DEFAULT)] == [0.98, 0.03]

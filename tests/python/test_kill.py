@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from cgroups import MemoryCgroup, memory_cgroup
 from conftest import check_child
-from soak import Soak
+from soak import FIRST_SEED, Soak
 
 KILLS = 100
 
@@ -47,7 +47,7 @@ def own():
 def files():
     return sorted(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
 
-dice = random.Random(20261122)
+dice = random.Random({seed})
 before, baseline, slowest, largest, kills = files(), used(), 0.0, 0, 0
 end = time.monotonic() + SECONDS
 while kills < KILLS or time.monotonic() < end:
@@ -82,6 +82,7 @@ def test_killed_owner_leaves_neither_memory_nor_files(record_property: Callable[
             join=group.join if group is not None else "pass",
             margin=(8 if group is not None else 48) << 20,  # others share the system's figure
             seconds=Soak(0.05).seconds_left,
+            seed=FIRST_SEED,
         )
         kills, slowest, largest = check_child(program, timeout=120 + 2 * Soak(0.05).seconds_left).split()
     record_property("kills", kills)

@@ -162,7 +162,8 @@ def test_a_cache_that_is_told_nothing_writes_and_reads_every_layer(device: str) 
             k, v = cache.view(layer, slot)
             assert v is not None
             assert k.shape == v.shape == (70, 8, 128)
-            assert bool((k == layer).all()) and bool((v == -layer).all())
+            assert bool((k == layer).all())
+            assert bool((v == -layer).all())
 
 
 def test_dense_rows_have_one_layer_a_tensor(device: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 
 import vattn
 from model import CacheModel, PoolModel, TensorModel
-from soak import Soak
+from soak import FIRST_SEED, SECONDS, Soak
 
 SLOTS, LAYERS, HEADS, LONGEST = 5, 2, 2, 48
 PAGES = {"cpu": 4096, "meta": 2 << 20}
@@ -535,6 +535,8 @@ def test_random_programs_do_what_the_model_does(
     )
     rounds = 0
     while rounds == 0 or soak.goes_on():
+        if SECONDS:  # programs of its own for each round, and the same ones for the same first seed
+            seed(FIRST_SEED + rounds)(machine)
         run_state_machine_as_test(machine, settings=run)
         rounds += 1
     record_property(f"programs x steps of {name}", f"{rounds * programs} x {STEPS}")

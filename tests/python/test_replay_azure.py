@@ -27,7 +27,12 @@ def azure_trace() -> Path | None:
 
 def check(settings: Settings, requests: int) -> None:
     trace = replay.read(settings)
-    case = replay.measure(trace, dict(replay.PROMISED), replay.simulate_others(trace))
+    others = replay.simulate_others(trace)
+    default = replay.measure(trace, dict(replay.DEFAULT), others)
+    assert (default.facts["layers_per_tensor"], default.facts["tokens_per_page"]) == (16, 64)
+    assert len(default.bounds) == 2
+    assert not [bound.name for bound in default.bounds if not bound.is_held(default)]
+    case = replay.measure(trace, dict(replay.PROMISED), others)
     assert case.facts["requests"] == case.facts["finished"] == requests
     assert case.arm("preemptions, vattn").median > 0, "memory is meant to run out"
     assert case.facts["lookahead_tokens"] == 64

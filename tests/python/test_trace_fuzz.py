@@ -13,6 +13,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from soak import FIRST_SEED
 from vattn.tools.trace import MAX_TOKENS, TraceError, read_trace
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
@@ -116,9 +117,10 @@ def test_a_file_cut_anywhere_is_a_sane_trace_or_a_trace_error(
 
 
 def test_the_fuzz_goes_on_for_as_long_as_asked(tmp_path: Path) -> None:
+    chance = random.Random(FIRST_SEED) if "VATTN_SOAK_SEED" in os.environ else random.SystemRandom()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        start = random.SystemRandom().randrange(2**32)
+        start = chance.randrange(2**32)
         print(f"seed {start}")
 
         @seed(start)
