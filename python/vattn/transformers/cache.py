@@ -24,7 +24,7 @@ from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionCa
 import vattn
 from vattn._arguments import to_int
 from vattn.sizes import format_size
-from vattn.transformers.cache_pool import MAX_BATCH_SIZE, Member, VattnCachePool, sum_stats
+from vattn.transformers.cache_pool import Member, VattnCachePool, sum_stats
 from vattn.transformers.checks import check_options, refuse_a_length_that_cannot_fit, say_what_is_held
 from vattn.transformers.layer import VattnLayer
 from vattn.transformers.lease import Limits, OwnMemory, Source
@@ -187,7 +187,7 @@ class VattnCache(DynamicCache):
         cls,
         config: PreTrainedConfig,
         max_seq_len: int | None = None,
-        max_batch_size: int = MAX_BATCH_SIZE,
+        max_batch_size: int | None = None,
         **options: Any,
     ) -> VattnCachePool:
         """Memory for many conversations of one model: `pool.new()` gives a VattnCache for each.
@@ -199,7 +199,8 @@ class VattnCache(DynamicCache):
 
         `max_batch_size`: the most rows that all conversations and their copies may hold together, each of which keeps
         one at least. A row costs addresses, not memory, so leave some to spare: for copies, and because the rows of a
-        batch must be neighbours. `max_seq_len` and the options are VattnCache's, but `layout` is "NHD" here, and
+        batch must be neighbours. None: 1,024, or as many as fit in 32 TiB of addresses where a model is made for very
+        long sequences. `max_seq_len` and the options are VattnCache's, but `layout` is "NHD" here, and
         `lookahead_tokens` and `warm_tokens` are 0: token-major rows take least of the kernel's mappings and of memory,
         and cost something in decode on the CPU (docs/huggingface.md). `memory_limit` is for the whole pool.
 
