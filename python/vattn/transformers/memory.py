@@ -51,7 +51,7 @@ class CacheMemory:
         longest = 0
         for layer in self.layers:
             if layer.length and layer.rows != rows:
-                layer.refuse(f"a batch of {rows} rows")
+                layer.refuse(f"keys and values of {rows} rows")
             longest = max(longest, layer.length)
         self.limits.check(rows, longest + count)
         for group in self.groups:
