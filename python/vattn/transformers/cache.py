@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 import vattn
 from vattn._arguments import to_int
@@ -48,6 +48,9 @@ OPTIONS = (
     "guard_tokens",
     "scrub",
 )
+
+#: Layers that hold nothing at all; the releases before 5.23 have none.
+_WITHOUT_TOKENS: tuple[Any, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 
 
 class VattnCache(DynamicCache):
@@ -101,7 +104,7 @@ class VattnCache(DynamicCache):
         self._memory = CacheMemory(_source)
         super().__init__(config=config)
         self.layers = [in_vattn(layer, self._memory) or layer for layer in self.layers]
-        others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, DummyLayer))]
+        others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, *_WITHOUT_TOKENS))]
         self._memory.has_others = bool(others)
         self._has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
         if not isinstance(_source, Member):  # a pool says it once
