@@ -253,6 +253,24 @@ def test_repr_of_an_encoder_decoder_cache():
     assert "12 tokens, 1 rows" in repr(cache)
 
 
+# ---------------------------------------------------------------- docs/huggingface.md
+
+
+def test_a_cache_saved_and_loaded_by_hand_goes_on_exactly(tmp_path):
+    model = model_of("llama")
+    cache = VattnCache(model.config, max_seq_len=100_000)
+    told = generate(model, prompt(), cache)
+    file = tmp_path / "chat.pt"
+    torch.save([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers], file)
+    assert file.stat().st_size < 28 * TOKEN_BYTES + 8192
+
+    loaded = VattnCache(model.config)
+    for index, (keys, values) in enumerate(torch.load(file)):
+        loaded.update(keys, values, index)
+    more = torch.cat([told, prompt(length=5, seed=9)], dim=1)
+    assert torch.equal(generate(model, more, loaded), generate(model, more, cache))
+
+
 # ---------------------------------------------------------------- where memory goes
 
 

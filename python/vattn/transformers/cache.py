@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch.compiler import is_dynamo_compiling as is_compiling
-from transformers import PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 import vattn
 from vattn._arguments import to_int
 from vattn.sizes import format_size
-from vattn.transformers.cache_pool import MAX_BATCH_SIZE, Member, VattnCachePool, sum_stats
+from vattn.transformers.cache_pool import Member, VattnCachePool, sum_stats
 from vattn.transformers.checks import check_options, refuse_a_length_that_cannot_fit, say_what_is_held
 from vattn.transformers.layer import VattnLayer
 from vattn.transformers.lease import Limits, OwnMemory, Source
@@ -50,6 +50,9 @@ OPTIONS = (
     "scrub",
     "dense",
 )
+
+#: Layers that hold nothing at all; the releases before 5.23 have none.
+_WITHOUT_TOKENS: tuple[Any, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 
 
 class VattnCache(DynamicCache):
@@ -103,7 +106,7 @@ class VattnCache(DynamicCache):
         self._memory = CacheMemory(_source)
         super().__init__(config=config)
         self.layers = [in_vattn(layer, self._memory) or layer for layer in self.layers]
-        others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, DummyLayer))]
+        others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, *_WITHOUT_TOKENS))]
         self._memory.has_others = bool(others)
         self._memory.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
         if not isinstance(_source, Member):  # a pool says it once
@@ -191,7 +194,7 @@ class VattnCache(DynamicCache):
         cls,
         config: PreTrainedConfig,
         max_seq_len: int | None = None,
-        max_batch_size: int = MAX_BATCH_SIZE,
+        max_batch_size: int | None = None,
         **options: Any,
     ) -> VattnCachePool:
         """Memory for many conversations of one model: `pool.new()` gives a VattnCache for each.
@@ -203,7 +206,8 @@ class VattnCache(DynamicCache):
 
         `max_batch_size`: the most rows that all conversations and their copies may hold together, each of which keeps
         one at least. A row costs addresses, not memory, so leave some to spare: for copies, and because the rows of a
-        batch must be neighbours. `max_seq_len` and the options are VattnCache's, but `layout` is "NHD" here, and
+        batch must be neighbours. None: 1,024, or as many as fit in 32 TiB of addresses where a model is made for very
+        long sequences. `max_seq_len` and the options are VattnCache's, but `layout` is "NHD" here, and
         `lookahead_tokens` and `warm_tokens` are 0: token-major rows take least of the kernel's mappings and of memory,
         and cost something in decode on the CPU (docs/huggingface.md). `memory_limit` is for the whole pool.
 

@@ -59,7 +59,7 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._room_length = 0
         self._name = named(self)
         super().__init__()  # type: ignore[no-untyped-call]
-        memory.layers.append(self)
+        self.place = memory.layers.append(self)  # among the cache's layers in vattn memory
 
     @property
     def keys(self) -> torch.Tensor | None:

@@ -80,14 +80,18 @@ class CacheMemory:
         shape = Shape.of(keys, values)
         old = layer.group
         known = self.source.geometries
-        known[list(self.layers).index(layer)] = shape.geometry
+        known[layer.place] = shape.geometry
         if old is not None and old.shape == shape:
             return
         moving = [
             other
-            for place, other in enumerate(self.layers)
+            for other in self.layers
             if other is layer
-            or (other.group is old and not other.is_initialized and known.get(place, shape.geometry) == shape.geometry)
+            or (
+                other.group is old
+                and not other.is_initialized
+                and known.get(other.place, shape.geometry) == shape.geometry
+            )
         ]
         staying = [] if old is None else [other for other in old.layers if other not in moving]
         new = LayerGroup(len(moving), shape, self.source, keys.shape[0], keys.shape[2])

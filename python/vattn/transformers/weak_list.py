@@ -21,8 +21,10 @@ class WeakList(Generic[T]):
     def __init__(self, items: Iterable[T] = ()) -> None:
         self._items = [weakref.ref(item) for item in items]
 
-    def append(self, item: T) -> None:
+    def append(self, item: T) -> int:
+        """Put `item` at the end; its place, counting those that are gone."""
         self._items.append(weakref.ref(item))
+        return len(self._items) - 1
 
     def __iter__(self) -> Iterator[T]:
         for reference in self._items:
