@@ -34,6 +34,7 @@ class CacheMemory:
         self.groups: list[LayerGroup] = []
         self.is_closed = False
         self.has_others = False  # the cache also has layers that transformers keeps
+        self.has_states = False  # some of them overwrite their states
         self.steps = Steps(self)
 
     def rows(self) -> int:
@@ -45,7 +46,7 @@ class CacheMemory:
         longest = 0
         for layer in self.layers:
             if layer.length and layer.rows != rows:
-                layer.refuse(f"a batch of {rows} rows")
+                layer.refuse(f"keys and values of {rows} rows")
             longest = max(longest, layer.length)
         self.limits.check(rows, longest + count)
         for group in self.groups:
@@ -111,7 +112,7 @@ class CacheMemory:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheMemory:
         """A fork: other memory, the same tokens. Puts the copies of all layers into `memo`."""
         twin = CacheMemory(self.source.another())
-        twin.is_closed, twin.has_others = self.is_closed, self.has_others
+        twin.is_closed, twin.has_others, twin.has_states = self.is_closed, self.has_others, self.has_states
         twin.steps.torn = self.steps.torn
         try:
             for group in self.groups:
