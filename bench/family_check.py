@@ -44,7 +44,8 @@ class Result:
     layers: int = 0
     held: int = 0
     others: dict[str, int] = dataclasses.field(default_factory=dict)
-    #: Why VattnCache could not be used.
+    #: Why VattnCache was refused at its constructor; what else went wrong with it.
+    cache_refused: str = ""
     cache_error: str = ""
     #: The largest difference of a logit: VattnCache beside DynamicCache.
     cache_difference: float | None = None
@@ -54,7 +55,8 @@ class Result:
     attention_refused: str = ""
     attention_error: str = ""
     attention_calls: int = 0
-    #: The vattn attention and VattnCache beside "eager" and DynamicCache; `magnitude`: the largest logit.
+    #: The vattn attention and VattnCache (if it is not refused) beside "eager" and DynamicCache; `magnitude`: the
+    #: largest logit.
     attention_difference: float | None = None
     magnitude: float | None = None
     #: Keywords that were given to it.
@@ -141,19 +143,13 @@ def _logits(model: Any, cache: Any, after_prompt: Callable[[], None] | None = No
         return_dict_in_generate=True,
         output_logits=True,
         logits_processor=transformers.LogitsProcessorList([force]),
-        **{_cache_keyword(): cache},
+        **vattn.transformers.cache_argument(cache),
     )
     return torch.stack(out.logits, dim=1).float()
 
 
-def _cache_keyword() -> str:
-    """What `generate` calls a cache: renamed in 5.24."""
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return "cache" if version >= (5, 24) else "past_key_values"
-
-
 def _vattn_cache(model: Any) -> Any:
-    return vattn.transformers.VattnCache(model.config, max_seq_len=64, max_batch_size=2)
+    return vattn.transformers.VattnCache(model.config, max_seq_len=512, max_batch_size=2)
 
 
 def _held(cache: Any) -> list[Any]:
@@ -163,6 +159,10 @@ def _held(cache: Any) -> list[Any]:
 def _check_cache(model: Any, expected: torch.Tensor, result: Result) -> None:
     try:
         cache = _vattn_cache(model)
+    except ValueError as error:
+        result.cache_refused = _text(error)
+        return
+    try:
         logits = _logits(model, cache)
     except Exception as error:
         result.cache_error = _text(error)
@@ -202,7 +202,9 @@ def _check_attention(model: Any, result: Result) -> None:
         switched.generation_config = model.generation_config
         model.set_attn_implementation("eager")
         expected = _logits(model, transformers.DynamicCache(config=model.config))
-        logits = _logits(switched, _vattn_cache(switched))
+        refused = result.cache_refused or result.cache_error
+        cache = transformers.DynamicCache(config=switched.config) if refused else _vattn_cache(switched)
+        logits = _logits(switched, cache)
         result.attention_difference, result.magnitude = _difference(logits, expected), float(expected.abs().max())
     except ValueError as error:
         if 'attn_implementation="vattn"' not in str(error):

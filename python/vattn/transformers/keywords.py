@@ -52,7 +52,7 @@ HARMLESS = {
 }
 
 #: Keywords that change the result and that cannot be honoured, and what they mean.
-_REFUSED = {
+REFUSED = {
     "indices": "the keys that a sparse attention selects for each query",
     "block_indices": "the blocks of keys that a sparse attention selects for each query",
     "output_attentions": "returning the attention weights",
@@ -65,7 +65,7 @@ def check(given: Mapping[str, Any], name: str) -> None:
     for keyword, value in given.items():
         if keyword in HARMLESS or value is None or value is False:
             continue
-        what = _REFUSED.get(keyword, "a keyword unknown to it, which may change the result")
+        what = REFUSED.get(keyword, "a keyword unknown to it, which may change the result")
         raise ValueError(
             f'attn_implementation="{name}" does not support {keyword} ({what}), and the model gives {_kind(value)}; '
             'load the model with attn_implementation="eager"'

@@ -22,21 +22,22 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-#: Model types without "sdpa", all for their sinks or soft caps, whose masks are handed to the attention function as
-#: they are made. Others may do sums with masks that only "eager" makes, as DeepSeek V4 does. The run behind
-#: docs/families.md compares them with "eager".
+#: Folders of transformers.models without "sdpa", all for their sinks or soft caps, whose masks are handed to the
+#: attention function as they are made. Others may do sums with masks that only "eager" makes, as DeepSeek V4 does. The
+#: run behind docs/families.md, and tests, compare them with "eager".
 WITHOUT_SDPA = (
     "flint",
     "gemma2",
     "gpt_oss",
     "granite_swa",
     "granitemoe_swa",
-    "inkling2_text",
-    "inkling2_loop_text",
+    "inkling2",
+    "inkling2_loop",
     "mimo_v2_flash",
     "t5gemma",
     "vaultgemma",
 )
+_MODULES_WITHOUT_SDPA = {f"transformers.models.{name}.modeling_{name}" for name in WITHOUT_SDPA}
 
 
 def refusal(model: PreTrainedModel, name: str) -> str:
@@ -51,7 +52,7 @@ def refusal(model: PreTrainedModel, name: str) -> str:
             f'attn_implementation="{name}": {kind.__name__} has an attention of its own that is not looked up by name '
             f"(transformers' AttentionInterface), so it would never be called; {ways}"
         )
-    if _looks_up(kind) and not kind._supports_sdpa and model.config.model_type not in WITHOUT_SDPA:
+    if _looks_up(kind) and not kind._supports_sdpa and kind.__module__ not in _MODULES_WITHOUT_SDPA:
         return (
             f'attn_implementation="{name}": {kind.__name__} does not offer "sdpa", so its attention may need masks '
             f'that only "eager" makes; {ways}'
