@@ -23,7 +23,9 @@ cpp() {  # cpp FILTER ARGUMENTS...: as on a GPU, with whatever libcuda.so.1 is
   shift
   # On the fake its tensors are the host's, so that one trait cannot be a GPU's.
   [ -z "$FAKE" ] || filter+='-*HasTheTraitsOfItsDevice'
-  VATTN_TEST_GPU=1 "$GPU/cpp/vattn_tests" --gtest_filter="$filter" --gtest_brief=1 "$@"
+  set -o pipefail
+  VATTN_TEST_GPU=1 "$GPU/cpp/vattn_tests" --gtest_filter="$filter" --gtest_brief=1 "$@" | tee /dev/stderr |
+    grep -E '^\[ +(PASSED|SKIPPED|FAILED) +\] [0-9]+ test' | tr '\n' ' '  # the counts, once more, in one line
 }
 
 smoke() {
