@@ -245,3 +245,17 @@ def test_without_a_wheel_nothing_is_made_and_what_was_there_stays(
     assert "no such file" in capsys.readouterr().err
     assert (tmp_path / "clone/.gpu/old").exists()
     assert sorted(os.listdir(tmp_path / "clone")) == [".gpu", "scripts"], "nothing lies about"
+
+
+def test_triton_kernels_are_compiled_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)  # which compiles nothing
+    command = [sys.executable, str(SCRIPTS / "precompile.py"), "1"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "variants for compute capability 9.0" in done.stdout
+    assert done.stdout.startswith("attend: ")
+    made = [path for path in tmp_path.rglob("*.cubin") if path.stem == "attend"]
+    assert made, "machine code"
+    assert all(json.loads(path.with_suffix(".json").read_text())["target"]["arch"] == 90 for path in made)
