@@ -2,11 +2,13 @@
 
 What the quick grids, `boundaries`, the quick `decode` and the smoke launch is launched here on meta tensors, with a
 driver that only says which GPU is meant; a launch ends when the kernel is compiled. The cache serves the same release
-of Triton and the same source alone. Prints a line a variant. Thread: one; it changes Triton for the whole process.
+of Triton and the same source alone. Prints a line a variant. An argument: only so many launches. Thread: one; it
+changes Triton for the whole process.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -110,7 +112,8 @@ def main() -> int:
     JITFunction.run = run
     triton.runtime.driver.set_active(Absent())
     triton_attention._splits = splits
-    for memory, queries, q_heads, kv_heads, tile in launches():
+    most = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    for memory, queries, q_heads, kv_heads, tile in itertools.islice(launches(), most):
         k = keys(memory, kv_heads)
         q = torch.empty((len(memory), queries, q_heads, 128), dtype=k.dtype, device=META)
         triton_attention.TritonAttention(tile).prepare(memory, k, k, queries, q_heads)(q, k, k)

@@ -71,6 +71,9 @@ def main() -> int:
 
 
 def prepare(args: argparse.Namespace) -> int:
+    if not VENV.exists():  # a fresh clone
+        print("gpu-run: make .venv/.ready ...", flush=True)
+        run("make", "-C", ROOT, ".venv/.ready")
     parts: dict[str, Callable[[Path], None]] = {
         "wheels": lambda made: wheels(made, args.wheel, args.python),
         "cpp": cpp,
@@ -96,6 +99,7 @@ def prepare(args: argparse.Namespace) -> int:
         describe(made, left_out)
         shutil.rmtree(FOLDER, ignore_errors=True)
         shutil.copytree(made, FOLDER)
+        FOLDER.chmod(0o755)  # a temporary folder is its maker's alone
     status = 0 if args.no_dry_run else dry_run(FOLDER, args.python, "1") or dry_run(FOLDER, args.python, "2")
     for path in sorted(each for each in FOLDER.rglob("*") if each.is_file()):
         print(f"{mib(path):8.2f} MiB  {path.relative_to(FOLDER)}")
@@ -229,9 +233,10 @@ def describe(made: Path, left_out: dict[str, str]) -> None:
 
 def dry_run(folder: Path, python: Path, call: str) -> int:
     """run.sh on the fake, in an environment that has what `python` has, but for vattn. Prints its table."""
-    fake = folder / "cpp/libfake_cuda.so"
-    if not fake.is_file():
-        print("gpu-run: no dry run: there is no fake libcuda in the folder", file=sys.stderr)
+    known = [folder / "cpp/libfake_cuda.so", *sorted(ROOT.glob("build/*/tests/libfake_cuda.so"))]
+    fake = next((path for path in known if path.is_file()), None)
+    if fake is None:
+        print("gpu-run: no dry run: there is no fake libcuda, neither in the folder nor in build", file=sys.stderr)
         return 1
     work = Path(tempfile.gettempdir()) / f"vattn-gpu-run-{os.getuid()}"
     if call != "2":  # the second call goes on where the first ended

@@ -85,7 +85,7 @@ unpack_triton() {
 if [ -n "$FAKE" ]; then
   mkdir -p "$WORK/lib"
   ln -sf "$FAKE" "$WORK/lib/libcuda.so.1"
-  export LD_LIBRARY_PATH="$WORK/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" VATTN_FAKE_CUDA=$FAKE TRITON_INTERPRET=1
+  export LD_LIBRARY_PATH="$WORK/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" VATTN_FAKE_CUDA=$FAKE
 else
   export VATTN_TEST_GPU=1 TRITON_CACHE_DIR="$WORK/triton" TORCH_CUDNN_SDPA_DEPRIORITIZED=1
 fi

@@ -3,18 +3,18 @@
 # Read by run.sh, whose functions and variables these use. Limits are seconds on a machine with a GPU and 16 cores. The first call may
 # take 480 s, the second 240 s.
 
-bench() {  # bench NAME: quick on the first call, so its figures are for reading, not for the repository
+bench() {  # bench NAME ARGUMENTS...: quick on the first call, so its figures are for reading, not for the repository
   local more=()
   [ -z "$FAKE" ] || more+=(--fake-cuda "$FAKE")
   [ ! -f "$GPU/kernels/manifest.json" ] || more+=(--carried "$GPU/kernels")
   [ "${FULL:-}" = 1 ] || more+=(--quick)
-  "$PY" -m vattn bench --suite gpu --only "$1" --out "$R/bench${FULL:+-full}" "${more[@]}"
+  "$PY" -m vattn bench --suite gpu --only "$1" --out "$R/bench${FULL:+-full}" "${more[@]}" "${@:2}"
 }
 
 tests() {  # tests EXPRESSION ARGUMENTS...: the Python tests of the CUDA driver, several at once where pytest can
   local expression=$1 many=()
   shift
-  ! "$PY" -c 'import xdist' 2>/dev/null || many=(-n 4)
+  ! "$PY" -c 'import xdist' 2>/dev/null || many=(-n "$WORKERS")
   "$PY" -m pytest -q -p no:cacheprovider "${many[@]}" -k "$expression" "$@"
 }
 
@@ -23,7 +23,11 @@ cpp() {  # cpp FILTER ARGUMENTS...: as on a GPU, with whatever libcuda.so.1 is
   shift
   # On the fake its tensors are the host's, so that one trait cannot be a GPU's.
   [ -z "$FAKE" ] || filter+='-*HasTheTraitsOfItsDevice'
-  VATTN_TEST_GPU=1 "$GPU/cpp/vattn_tests" --gtest_filter="$filter" --gtest_brief=1 "$@"
+  VATTN_TEST_GPU=1 "$GPU/cpp/vattn_tests" --gtest_filter="$filter" --gtest_brief=1 "$@" >"$R/cpp-full.log" 2>&1
+  local status=$?
+  cat "$R/cpp-full.log"
+  grep -oE '^\[ +(PASSED|SKIPPED|FAILED) +\] [0-9]+ test' "$R/cpp-full.log" | tr '\n' ' '  # the counts, once more, in one line
+  return $status
 }
 
 smoke() {
@@ -45,8 +49,10 @@ sanitizer() {  # Reads and writes outside of what is mapped, by kernels: a few c
 }
 
 FAST=${FAKE:+1}  # a second, where there is no GPU to stress
+WORKERS=4
+[ -z "$FAKE" ] || WORKERS=2
 export -f bench tests cpp smoke machine sanitizer
-export GPU R PY FAKE VATTN_RUNNING_WORK_SECONDS=
+export GPU R PY FAKE WORKERS VATTN_RUNNING_WORK_SECONDS=
 
 # run NAME LIMIT FUNCTION...: a stage made of one of these functions.
 run() { stage "$1" "$2" bash -c '"$@"' stage "${@:3}"; }
@@ -65,7 +71,7 @@ call_1() {
   if [ -x "$GPU/cpp/vattn_tests" ]; then run cpp 80 cpp '*uda*' & else skip cpp "no C++ tests are carried"; fi
   run smoke 80 smoke &
   run tests 110 tests 'cuda and not running_work' &
-  run boundaries 80 bench boundaries &
+  run boundaries 80 bench boundaries --check &
   wait
   run driver 90 bench driver
   VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run stress 45 tests 'cuda and running_work'
@@ -87,6 +93,7 @@ call_2() {
       cpp) run again_cpp 30 cpp '*uda*' --gtest_brief=0 ;;
       smoke) run again_smoke 30 smoke ;;
       probe | install | machine | stress) ;;
+      boundaries) run again_boundaries 60 bench boundaries --check --fresh ;;
       *) run "again_$name" 60 bench "$name" ;;
     esac
   done

@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from importlib.machinery import SourceFileLoader
@@ -48,10 +49,10 @@ def folder_with(tmp_path: Path, stages: str) -> Path:
     return folder
 
 
-def start(folder: Path, tmp_path: Path, call: str = "1") -> tuple[subprocess.Popen[str], Path]:
+def start(folder: Path, tmp_path: Path, call: str = "1", **more: str) -> tuple[subprocess.Popen[str], Path]:
     out = tmp_path / "out"
     env = {**os.environ, "OUT": str(out), "VATTN_GPU_RUN_WORK": str(tmp_path / "work")}
-    env |= {"VATTN_GPU_RUN_FAKE": "/nowhere", "PYTHON": "false"}
+    env |= {"VATTN_GPU_RUN_FAKE": "/nowhere", "PYTHON": "false", **more}
     process = subprocess.Popen(
         ["bash", folder / "run.sh", call],
         env=env,
@@ -112,6 +113,28 @@ def test_killed_at_any_moment_it_leaves_a_whole_tar_with_every_stage_it_told_of(
         assert files[f"./{name}.log"] == f"{name} is done\n".encode()
         assert len(files[f"./{name}.data"]) == 1_050_000
         assert line in files["./stages.1.txt"].decode()
+
+
+def test_a_tar_that_is_cut_while_it_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    """The fourth tar is half written when everything is killed."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "tar").write_text(f"""#!/bin/bash
+        echo call >>{tmp_path}/calls
+        if [ $(wc -l <{tmp_path}/calls) = 4 ]; then head -c 1000 /dev/urandom >"$2"; kill -9 0; fi
+        exec {shutil.which("tar")} "$@"
+    """)
+    (tools / "tar").chmod(0o755)
+    folder = folder_with(tmp_path, STAGES.format(pause=0))
+    process, out = start(folder, tmp_path, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert [line.split()[0] for line in told.splitlines()] == ["one", "two", "three"]
+    files = read(out / "results.tar.gz")
+    assert len(files["./three.data"]) == 1_050_000
+    assert "./four.data" not in files
+    left = [path for path in out.iterdir() if path.name != "results.tar.gz"]
+    assert [path.stat().st_size for path in left] == [1000], "what was cut lies beside it"
 
 
 def test_a_stage_over_its_limit_is_cut_and_the_next_one_runs(tmp_path: Path) -> None:
@@ -182,6 +205,7 @@ def test_what_cannot_be_had_is_left_out_and_named(
     shutil.copytree(SCRIPTS, tmp_path / "clone/scripts/gpu_run")
     monkeypatch.setattr(script, "ROOT", tmp_path / "clone")
     monkeypatch.setattr(script, "FOLDER", tmp_path / "clone/.gpu")
+    monkeypatch.setattr(script, "VENV", Path(sys.executable))
 
     def wheels(made: Path, *_: object) -> None:
         (made / "wheels").mkdir()
@@ -214,9 +238,24 @@ def test_without_a_wheel_nothing_is_made_and_what_was_there_stays(
     (tmp_path / "clone/.gpu/old").touch()
     monkeypatch.setattr(script, "ROOT", tmp_path / "clone")
     monkeypatch.setattr(script, "FOLDER", tmp_path / "clone/.gpu")
+    monkeypatch.setattr(script, "VENV", Path(sys.executable))
     monkeypatch.setattr(script, "cpp", lambda made: None)
     monkeypatch.setattr(script.sys, "argv", ["gpu-run", "prepare", "--wheel", str(tmp_path / "none.whl")])
     assert script.main() == 1
     assert "no such file" in capsys.readouterr().err
     assert (tmp_path / "clone/.gpu/old").exists()
     assert sorted(os.listdir(tmp_path / "clone")) == [".gpu", "scripts"], "nothing lies about"
+
+
+def test_triton_kernels_are_compiled_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)  # which compiles nothing
+    command = [sys.executable, str(SCRIPTS / "precompile.py"), "1"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "variants for compute capability 9.0" in done.stdout
+    assert done.stdout.startswith("attend: ")
+    made = [path for path in tmp_path.rglob("*.cubin") if path.stem == "attend"]
+    assert made, "machine code"
+    assert all(json.loads(path.with_suffix(".json").read_text())["target"]["arch"] == 90 for path in made)

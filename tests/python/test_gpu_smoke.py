@@ -49,7 +49,7 @@ def outcomes(text: str) -> dict[str, str]:
     return {line[0]: line[1] for line in lines if line[1].startswith(("ok,", "skipped: ", "FAILED: "))}
 
 
-def test_on_the_fake_only_what_needs_torchs_cuda_is_left_out(tmp_path: Path) -> None:
+def test_on_the_fake_only_what_needs_a_gpu_is_left_out(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     assert FAKE_CUDA is not None
     done = run("-m", "vattn.bench.gpu.smoke", "--fake-cuda", FAKE_CUDA, "--out", tmp_path / "smoke.jsonl")
