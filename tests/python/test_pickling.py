@@ -195,6 +195,7 @@ def plain_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.filterwarnings("ignore")  # torch says of nested and quantized tensors that they will change
 def test_other_tensors_are_pickled_and_saved_byte_for_byte_as_torch_does(cache: vattn.KVCache) -> None:
     cache.view(0, 0)  # so the reducers are there
     ours = copyreg.dispatch_table[torch.Tensor]
@@ -327,6 +328,37 @@ def test_a_data_loader_reads_a_growable_tensor_and_leaves_it(start: str) -> None
         assert data.tensor.data_ptr() == rows.tensor.data_ptr()
         data.tensor.zero_()
         assert not rows.tensor.any(), "the dataset's tensor is still the growable one"
+
+
+def test_a_forked_child_pickles_what_it_made_itself() -> None:
+    check_child("""
+        import os, pickle, threading, torch, vattn
+
+        def made():
+            rows = vattn.GrowableTensor(4, 1 << 20, "float32")
+            rows.append(torch.ones(3, 4))
+            return rows
+
+        kept = made()
+        kept.tensor
+        stop = threading.Event()
+
+        def busy():  # takes and leaves the list of buffers all the while
+            while not stop.is_set():
+                made().close()
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                rows = made()
+                part = rows.tensor[1:]
+                os._exit(0 if torch.equal(pickle.loads(pickle.dumps(part)), torch.ones(2, 4)) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        stop.set()
+        thread.join()
+    """)
 
 
 def test_share_memory_moves_a_tensor_out_and_a_clone_of_it_does_not(cache: vattn.KVCache) -> None:

@@ -270,7 +270,7 @@ VATTN_C_API vattn_status vattn_tensor_mapped_bytes(vattn_tensor* tensor, uint64_
 
 /* As VATTN_INIT, for a config; a function, and the header's own, since only the header knows the caller's size. */
 static inline void vattn_cache_config_init(vattn_cache_config* config) {
-  if (config != NULL) VATTN_INIT(config);
+  if (config) VATTN_INIT(config);
 }
 
 #endif /* VATTN_H */

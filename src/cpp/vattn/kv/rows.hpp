@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "vattn/export.hpp"
+
 namespace vattn {
 
 /// Tokens start .. stop of one slot.
