@@ -372,8 +372,6 @@ const std::vector<Operation>& operations() {
                    kCuda | kLibrary,
                    [](World& world) { static_cast<void>(world.cache->alloc_block(3, world.stream)); },
                    [](World& world) { return world.cache->active_slots() == 5; }});
-    const auto free_one = [=](World& world) { world.cache->free(1, used_on(world)); };
-    const auto freed = [](World& world) { return world.cache->slots() == std::vector<std::int64_t>{0}; };
     all.push_back({"KVCache::alloc_batch",
                    "slots of which one is still read",
                    {kStreams},
