@@ -372,6 +372,12 @@ const std::vector<Operation>& operations() {
                    kCuda | kLibrary,
                    [](World& world) { static_cast<void>(world.cache->alloc_block(3, world.stream)); },
                    [](World& world) { return world.cache->active_slots() == 5; }});
+    all.push_back({"KVCache::alloc_batch",
+                   "slots of which one is still read",
+                   {kStreams},
+                   kCuda | kLibrary,
+                   [](World& world) { static_cast<void>(world.cache->alloc_batch(3, world.stream)); },
+                   [](World& world) { return world.cache->active_slots() == 5; }});
     const auto free_one = [=](World& world) { world.cache->free(1, used_on(world)); };
     const auto freed = [](World& world) { return world.cache->slots() == std::vector<std::int64_t>{0}; };
     all.push_back({"KVCache::free", "", {kPlain, kStreams}, kEverywhere, free_one, freed});
@@ -428,7 +434,20 @@ const std::vector<Operation>& operations() {
                      static_cast<void>(world.cache->batch(0, slots, length));
                    },
                    always});
-    all.push_back({"KVCache::write",
+    all.push_back({"KVCache::write#2",
+                   "",
+                   {kPlain, kPooled},
+                   kEverywhere,
+                   [](World& world) {
+                     const std::vector<std::int64_t> slots{0, 1};
+                     const Rows rows = world.cache->rows(slots);
+                     std::int64_t added = 0;
+                     for (const TokenSpan& span : world.cache->last_step(rows).added) added += span.stop - span.start;
+                     const auto from = world.cache->layer(0);
+                     world.cache->write(0, rows, added, from.v->address, from.k.address);
+                   },
+                   always});
+    all.push_back({"KVCache::write#1",
                    "",
                    {kPlain, kPooled},
                    kEverywhere,
@@ -571,6 +590,15 @@ const std::vector<Operation>& operations() {
   return kAll;
 }
 
+namespace {
+
+Rows rows_of(World& world) {
+  const std::vector<std::int64_t> slots{0, 1};
+  return world.cache->rows(slots);
+}
+
+}  // namespace
+
 const std::vector<Quiet>& quiet_operations() {
   static const std::vector<Quiet> kAll{
       {"KVCache::record_stream", [](World& world) { world.cache->record_stream(world.stream); }},
@@ -583,6 +611,11 @@ const std::vector<Quiet>& quiet_operations() {
        }},
       {"KVCache::seq_len", [](World& world) { static_cast<void>(world.cache->seq_len(0)); }},
       {"KVCache::committed_len", [](World& world) { static_cast<void>(world.cache->committed_len(0)); }},
+      {"KVCache::slot_bytes", [](World& world) { static_cast<void>(world.cache->slot_bytes(0)); }},
+      {"KVCache::rows", [](World& world) { static_cast<void>(rows_of(world)); }},
+      {"KVCache::last_step", [](World& world) { static_cast<void>(world.cache->last_step(rows_of(world))); }},
+      {"KVCache::changes", [](World& world) { static_cast<void>(world.cache->changes(rows_of(world))); }},
+      {"KVCache::views", [](World& world) { static_cast<void>(world.cache->views(0, rows_of(world))); }},
       {"KVCache::view", [](World& world) { static_cast<void>(world.cache->view(0, 0)); }},
       {"KVCache::layer", [](World& world) { static_cast<void>(world.cache->layer(0)); }},
       {"KVCache::memory_limit", [](World& world) { static_cast<void>(world.cache->memory_limit()); }},

@@ -441,3 +441,27 @@ def test_threads_that_step_and_write_slots_of_their_own_do_not_meet(device: str)
             for slot in slots:
                 got = cache.view(1, slot).k[:, 0, 0].tolist()
                 assert got == [100 * slot + length for length in range(1, 41)]
+
+
+def test_on_cuda_numbers_go_through_pinned_memory_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch has no CUDA here: what it would be asked for is written down.
+    from vattn.rows import Mirror
+
+    asked: list[object] = []
+    made = torch.tensor
+
+    class OnCuda:
+        device = torch.device("cuda:0")
+
+        def copy_(self, new: torch.Tensor, non_blocking: bool) -> None:
+            asked.append((new.tolist(), non_blocking))
+
+    def pinned(numbers: list[int], dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        asked.append(pin_memory)
+        return made(numbers, dtype=dtype)
+
+    mirror = Mirror(2, "int64", torch.device("cpu"))
+    mirror.tensor = OnCuda()  # type: ignore[assignment]
+    monkeypatch.setattr(torch, "tensor", pinned)
+    mirror.set([3, 4])
+    assert asked == [True, ([3, 4], True)], "pinned memory of its own, copied without waiting"
