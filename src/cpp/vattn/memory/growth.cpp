@@ -70,15 +70,17 @@ Growth::Ahead Growth::commit_ahead(std::unique_lock<std::mutex>& lock) {
   plan();
   dirty_.clear();
   if (runs_.empty()) return Ahead::kDone;
-  holder_.lacks = missing_;
+  const auto no_room = [&] {
+    pool_.note_lacking(holder_, missing_);
+    return Ahead::kNoRoom;
+  };
   if (pool_.pressed_ != 0) {
     pool_.turned_away_ = true;
-    return Ahead::kNoRoom;
+    return no_room();
   }
-  if (pool_.created_ > pool_.limit_pages()) return Ahead::kNoRoom;  // what is pooled is on its way out
-  if (missing_ + pool_.mapped_ > kMostPages) return Ahead::kNoRoom;
-  if (missing_ > pool_.pooled_.size() + pool_.creatable(missing_)) return Ahead::kNoRoom;
-  holder_.lacks = 0;
+  if (pool_.created_ > pool_.limit_pages()) return no_room();  // what is pooled is on its way out
+  if (missing_ + pool_.mapped_ > kMostPages) return no_room();
+  if (missing_ > pool_.pooled_.size() + pool_.creatable(missing_)) return no_room();
   reserve_room();
   take_pages();
   set_busy(true);

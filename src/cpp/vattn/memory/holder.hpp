@@ -110,6 +110,7 @@ class Holder {
   std::condition_variable wake{};
   bool has_mapper = false;
   bool woken = false;                 ///< there may be something to do
+  bool listed = false;                ///< among those that the pool looks through when pages come back
   std::uint64_t lacks = 0;            ///< pages that the mapper wanted and did not find: woken when so many come back
   bool resting = false;               ///< the mapper has done what it could, and waits
   std::atomic<bool> stopping{false};  ///< read between driver calls, without the lock

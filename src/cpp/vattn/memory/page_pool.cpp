@@ -96,6 +96,7 @@ void PagePool::join(Holder& holder) {
   const std::lock_guard lock(mutex_);
   if (closed_) throw ClosedError("pool: this PagePool is closed: make a new one");
   holder.set_number(++joined_);  // may throw, and then it has not joined
+  if (lacking_.capacity() <= holders_.size()) lacking_.reserve(2 * holders_.size() + 1);
   holders_.push_back(&holder);
 }
 
@@ -111,6 +112,7 @@ void PagePool::leave(Holder& holder) noexcept {
   // Its owner waits for the device before anything is unmapped; nobody asks about these any more.
   for (std::size_t group = 0; group < holder.groups(); ++group) holder.group(group).fences.clear();
   holders_.erase(std::remove(holders_.begin(), holders_.end(), &holder), holders_.end());
+  if (holder.listed) std::erase(lacking_, &holder);
   idle_.notify_all();
 }
 
@@ -157,11 +159,23 @@ void PagePool::wake(Holder& holder) noexcept {
 void PagePool::wake_lacking() noexcept {
   const std::uint64_t budget = limit_pages() > created_ ? limit_pages() - created_ : 0;
   std::uint64_t room = pooled_.size() + budget;
-  for (Holder* holder : holders_) {
+  for (Holder* holder : lacking_) {
+    if (room == 0) return;
     if (holder->lacks == 0 || holder->lacks > room) continue;
     room -= std::exchange(holder->lacks, 0);
     wake(*holder);
   }
+  std::erase_if(lacking_, [](Holder* holder) {
+    if (holder->lacks != 0) return false;
+    holder->listed = false;
+    return true;
+  });
+}
+
+void PagePool::note_lacking(Holder& holder, std::uint64_t pages) noexcept {
+  holder.lacks = pages;
+  if (std::exchange(holder.listed, true)) return;
+  lacking_.push_back(&holder);  // there is room for every holder since it joined
 }
 
 PagePool::HolderUsage PagePool::usage(Holder& holder) {

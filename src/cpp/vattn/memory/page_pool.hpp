@@ -205,6 +205,8 @@ class VATTN_API PagePool {
   /// Pages came back: wakes the mappers that found too few, as many as now find enough. Whoever lacks nothing sleeps on: with
   /// a thousand members, waking all of them for each that closes is what takes the time.
   void wake_lacking() noexcept;
+  /// A mapper found fewer than that.
+  void note_lacking(Holder& holder, std::uint64_t pages) noexcept;
 
   Generation generation_;
   Device device_;
@@ -224,6 +226,7 @@ class VATTN_API PagePool {
   std::uint64_t clock_ = 0;
   std::uint64_t joined_ = 0;
   std::vector<Holder*> holders_;
+  std::vector<Holder*> lacking_;  ///< holders whose mapper found too few pages, and some that lack none any more
   bool settling_ = false;
   bool closed_ = false;
 };
