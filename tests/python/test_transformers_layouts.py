@@ -1,4 +1,4 @@
-"""VattnCache with layers that share a tensor, as by default on cuda: the tokens of DynamicCache, whatever the layout."""
+"""VattnCache with layers that share a tensor, as on cuda by default: DynamicCache's tokens, whatever the layout."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import generate, model_of, prompt  # noqa: E402
-from vattn.transformers import VattnCache  # noqa: E402
+from hf_models import generate, model_of, prompt
+from vattn.transformers import VattnCache
 
 OPTIONS: list[dict[str, Any]] = [{}, {"dense": True}, {"layers_per_tensor": "all"}]
 
