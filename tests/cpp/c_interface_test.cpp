@@ -39,6 +39,7 @@ vattn_cache_config small_config(const char* device) {
   vattn_cache_config config;
   vattn_cache_config_init(&config);
   config.num_layers = 2;
+  config.layers_per_tensor = 1;
   config.num_kv_heads = 2;
   config.head_dim = 16;
   config.max_batch_size = 4;

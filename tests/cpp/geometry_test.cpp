@@ -168,7 +168,7 @@ TEST(Geometry, LayersShareATensorUntilAPageHoldsAtMost64TokensOfEveryTensor) {
   EXPECT_EQ(chosen(config, accounting()), 8) << "as few tokens as there are layers for";
   config.page_size = 64 << 10;
   EXPECT_EQ(chosen(config, accounting()), 1) << "32 tokens a page";
-  config.head_dim = kLargest >> 1;
+  config.head_dim = kLargest >> 3;
   config.num_kv_heads = 1;
   config.max_seq_len = 1;
   config.dtype = DType::kUInt8;

@@ -209,8 +209,13 @@ TEST_P(GrowthFault, CloseReportsWhatTheDriverWouldNotTakeAndIsClosedAllTheSame) 
 TEST_P(GrowthFault, MakingACacheFailsCleanlyAtEveryCall) {
   for (std::uint64_t k = 1;; ++k) {
     Instrumented driver(GetParam());
-    CacheConfig config{
-        .num_layers = 3, .num_kv_heads = 1, .head_dim = 64, .max_batch_size = 2, .max_seq_len = 64, .lookahead_tokens = 0};
+    CacheConfig config{.num_layers = 3,
+                       .num_kv_heads = 1,
+                       .head_dim = 64,
+                       .max_batch_size = 2,
+                       .max_seq_len = 64,
+                       .dense = true,
+                       .lookahead_tokens = 0};
     driver.faults->arm({k, false, {}, 12, "ENOMEM", false});
     try {
       const KVCache cache(config, Device{}, driver.counts);

@@ -31,6 +31,7 @@ class KVCacheTest : public testing::TestWithParam<DriverUnderTest> {
  protected:
   KVCacheTest() : driver_(std::make_shared<CountingDriver>(GetParam().open())) {
     config_.num_layers = 2;
+    config_.layers_per_tensor = 1;
     config_.num_kv_heads = 2;
     config_.head_dim = 16;
     config_.max_batch_size = 4;

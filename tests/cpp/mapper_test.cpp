@@ -172,6 +172,7 @@ INSTANTIATE_TEST_SUITE_P(Every, MapperTest, testing::ValuesIn(every_driver()), n
 struct Decode {
   explicit Decode(std::int64_t lookahead) : driver(std::make_shared<CountingDriver>(open_null_driver())) {
     CacheConfig config{.num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = 32, .max_seq_len = 8192};
+    config.dense = true;
     config.dtype = DType::kBFloat16;
     config.lookahead_tokens = lookahead;
     cache = std::make_unique<KVCache>(config, Device{}, driver);
@@ -257,6 +258,7 @@ TEST(GrowthInRuns, SetsAccessOnceARunAndCreatesNothingThatThePoolHolds) {
   const auto driver = std::make_shared<CountingDriver>(open_null_driver());
   const auto pool = PagePool::make({Device::Kind::kMeta}, driver, std::size_t{2} << 20, UINT64_MAX);
   CacheConfig config{.num_layers = 32, .num_kv_heads = 8, .head_dim = 128, .max_batch_size = 16, .max_seq_len = 8192};
+  config.dense = true;
   config.dtype = DType::kBFloat16;
   config.lookahead_tokens = 0;
   {

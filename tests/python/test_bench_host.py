@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -163,17 +164,22 @@ def test_mappings_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_decode_wait_needs_the_fake_driver_and_says_so() -> None:
-    (case,) = decode_wait.run(QUICK)
-    assert "--fake-cuda" in case.skipped
+    cases = list(decode_wait.run(QUICK))
+    assert [case.parameters["layers_per_tensor"] for case in cases] == [1, 16]
+    assert all("--fake-cuda" in case.skipped for case in cases)
 
 
 def test_decode_wait_counts_the_steps_that_waited(fake: Any) -> None:
     from conftest import FAKE_CUDA
 
-    found = process.measure("vattn.bench.host.decode_wait", str(FAKE_CUDA), "no look-ahead", 20, 0.1)
+    measure = partial(process.measure, "vattn.bench.host.decode_wait", str(FAKE_CUDA), "no look-ahead", 20, 0.1)
+    found = measure(1)
     assert len(found["steps_us"]) == 19
     assert found["steps_waited_after_the_first"] == 0, "20 tokens from 512 on stay within a page of 1,024"
     assert found["creates"] == 32 * 64
+    found = measure(16)
+    assert found["steps_waited_after_the_first"] == 1, "512 tokens end a page of 64"
+    assert found["creates"] == 32 * 4 * 9
 
 
 def test_a_measurement_that_fails_in_its_process_says_why() -> None:

@@ -17,6 +17,7 @@ from vattn.tools.synthetic import write_trace
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 SAID = " ".join(README.split())
+WAITS = ("mapper", "no look-ahead")
 # What the README quotes of a replay: figure, paging, static cache.
 ROWS = ("requests finished", "concurrent requests, mean", "waste")
 
@@ -132,6 +133,16 @@ def test_the_figures_of_the_replay_are_the_results() -> None:
         assert (
             words.format(waste=100 * found["waste, vattn"], ours=ours, paged=ours / found["paged, 16 tokens"]) in SAID
         )
+
+
+def test_the_figures_of_decode_wait_are_the_results() -> None:
+    waited = {
+        layers: [medians("decode_wait", layers_per_tensor=layers)[f"steps that waited, {arm}"] for arm in WAITS]
+        for layers in (1, 16)
+    }
+    assert waited == {1: [0, 2], 16: [1, 32]}
+    assert "no step after the first waits with the mapper, and two without it, for 2,048 pages each" in SAID
+    assert "one step waits, right after the prompts, which end where their pages do; without the mapper 32 do" in SAID
 
 
 def test_every_benchmark_that_the_readme_names_is_one() -> None:

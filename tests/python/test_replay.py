@@ -194,7 +194,6 @@ def test_the_table_names_every_figure_and_is_plain_when_redirected(
         "prompts, the first 500 left out",
         "of them, no page created",
         "of them, no driver call",
-        "steps that waited for pages",
         "driver calls",
         "step, median",
     ):
@@ -203,6 +202,27 @@ def test_the_table_names_every_figure_and_is_plain_when_redirected(
     assert captured.err == ""
     assert captured.out.isascii()
     assert "\x1b" not in captured.out
+
+
+def test_what_a_models_numbers_leave_out_is_said(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32, "sliding_window": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["replay", str(trace), "--config", str(tmp_path), "--requests", "20", "--memory", "64MiB"]) == 0
+    assert capsys.readouterr().out.startswith("2 layers look only 128 tokens back; they are counted at full length")
+    assert main(["replay", str(trace), "--config", str(tmp_path), "--requests", "20", "--json", "-"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("device", "shown"), [("meta", False), ("cpu", True)])
+def test_steps_that_waited_are_shown_where_time_passes(
+    device: str, shown: bool, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["replay", str(trace), *SMALL.split(), "--device", device, "--memory", "64MiB", "--requests", "20"]) == 0
+    )
+    assert ("steps that waited for pages" in capsys.readouterr().out) is shown
 
 
 def test_json_to_standard_output_is_json_alone(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

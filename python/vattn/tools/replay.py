@@ -23,7 +23,7 @@ from vattn.sizes import format_size
 from vattn.tools import plots
 from vattn.tools.geometry import Geometry
 from vattn.tools.memories import PagedMemory, StaticMemory
-from vattn.tools.options import CheckError, UsageError, geometry_of, os_error
+from vattn.tools.options import CheckError, UsageError, model_of, os_error
 from vattn.tools.pages import PageMath, default_layers_per_tensor
 from vattn.tools.progress import progress
 from vattn.tools.scheduler import Figures, Memory, Workload, simulate
@@ -145,7 +145,8 @@ def _common(figures: Figures) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """The command: read, replay, print, write."""
-    geometry = geometry_of(args)
+    model = model_of(args)
+    geometry = model.geometry
     _check_output(args.json)
     plots.check(args.plot)
     started = time.perf_counter()
@@ -156,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         json.dump(report.to_json(), sys.stdout, indent=2)
         print()
     else:
+        for note in model.notes:
+            print(note)
         report.print()
         _write_json(report, args.json)
     if args.plot:
