@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
+from torch.compiler import is_dynamo_compiling as is_compiling
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
@@ -106,7 +107,7 @@ class VattnCache(DynamicCache):
         self.layers = [in_vattn(layer, self._memory) or layer for layer in self.layers]
         others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, *_WITHOUT_TOKENS))]
         self._memory.has_others = bool(others)
-        self._has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        self._memory.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
         if not isinstance(_source, Member):  # a pool says it once
             say_what_is_held(config, self.layers_held, len(self.layers), others)
             refuse_no_length(config, self.max_seq_len)
@@ -120,14 +121,16 @@ class VattnCache(DynamicCache):
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Add tokens, (rows, heads, n, dim), to a layer and return what it attends over; see VattnLayer.update."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         if isinstance(layer, VattnLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        if is_compiling():  # what a graph assigns is assigned when all of it has succeeded
             return layer.update(key_states, value_states, *args, **kwargs)
         return self._memory.steps.update(layer, layer_idx, key_states, value_states, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As DynamicCache; a forward pass of a model with state-space layers begins here, so room is made for it."""
-        if self._has_states:
+        if self._memory.has_states and not is_compiling():
             self._memory.steps.expect(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -155,7 +158,7 @@ class VattnCache(DynamicCache):
 
     def _touch(self, layer_idx: int, state_idx: int) -> None:
         layer = self.layers[layer_idx]
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and not is_compiling():
             self._memory.steps.touch(layer, layer_idx, state_idx)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

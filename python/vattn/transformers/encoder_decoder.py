@@ -41,7 +41,7 @@ class EncoderDecoderVattnCache(VattnCache, EncoderDecoderCache):
         # The same layers under both names, so that what asks it for plain tokens, as an outer EncoderDecoderCache does,
         # gets them.
         Cache.__init__(self, layers=decoder.layers)
-        self._memory, self._has_states = decoder._memory, decoder._has_states
+        self._memory = decoder._memory
 
     # Both halves: the decoder's first, since it is the one that may refuse.
     crop = EncoderDecoderCache.crop

@@ -16,9 +16,11 @@ import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch.compiler import is_dynamo_compiling as is_compiling
 from transformers.cache_utils import DynamicLayer
 
 from vattn.transformers.assignment import Half, apart, assign
+from vattn.transformers.compiled import extend, fill, named
 from vattn.transformers.group import LayerGroup, chosen
 from vattn.transformers.row_moves import SPARE, row_moves
 
@@ -55,6 +57,7 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._room: tuple[torch.Tensor, ...] = ()
         self._room_rows = 0
         self._room_length = 0
+        self._name = named(self)
         super().__init__()  # type: ignore[no-untyped-call]
         self.place = memory.layers.append(self)  # among the cache's layers in vattn memory
 
@@ -95,6 +98,8 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         batch over `max_batch_size`, a length over `max_seq_len`, or tensors that do not fit what the layer holds;
         vattn.OutOfMemoryError when the memory cannot be had; vattn.ClosedError after `close`.
         """
+        if is_compiling():
+            return self._update_in_graph(key_states, value_states)
         steps = self.memory.steps
         try:
             rows, _, count, _ = key_states.shape
@@ -129,6 +134,21 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.step, self.before = step, (self.rows, start)
         self.rows, self.length = rows, length
         self._keys, self._values = keys, values
+        return keys, values
+
+    def _update_in_graph(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
+        """`update` as torch.compile traces it: see compiled.py."""
+        takes_part = key_states.requires_grad or value_states.requires_grad or self._graph is not None
+        if (torch.is_grad_enabled() and takes_part) or self._half is not None:
+            keys, values = _plain_update(self, key_states, value_states)
+            return keys, values
+        if self.length == 0 or self._keys is None or self._values is None:
+            keys, values = fill(key_states, value_states, self._name)
+            return keys, values
+        length = self.length + key_states.shape[2]
+        keys, values = extend(key_states, value_states, self._name, self._keys, self._values, length)
+        # The operator has done this already; the graph must know it, and must not take the memory for its own.
+        self.length, self._keys, self._values = length, keys, values
         return keys, values
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int, start: int, length: int) -> Pair:
@@ -361,6 +381,12 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         raise TypeError(
             "cannot pickle a VattnLayer: its memory belongs to this process; save clones of .keys and .values"
         )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _plain_update(layer: VattnLayer, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
+    """`update` outside of the graph."""
+    return layer.update(key_states, value_states)
 
 
 def _described(keys: torch.Tensor, values: torch.Tensor) -> str:

@@ -35,6 +35,7 @@ class CacheMemory:
         self.groups: list[LayerGroup] = []
         self._is_closed = False
         self.has_others = False  # the cache also has layers that transformers keeps
+        self.has_states = False  # some of them overwrite their states
         self.steps = Steps(self)
 
     @property
@@ -121,7 +122,7 @@ class CacheMemory:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheMemory:
         """A fork: other memory, the same tokens. Puts the copies of all layers into `memo`."""
         twin = CacheMemory(self.source.another())
-        twin._is_closed, twin.has_others = self.is_closed, self.has_others
+        twin._is_closed, twin.has_others, twin.has_states = self.is_closed, self.has_others, self.has_states
         twin.steps.torn = self.steps.torn
         members = [list(group.layers) for group in self.groups]
         try:

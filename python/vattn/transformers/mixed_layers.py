@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_dynamo_compiling as is_compiling
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
@@ -79,6 +80,8 @@ class VattnIndexedLayer(DynamicIndexedLayer, VattnLayer):  # type: ignore[no-unt
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Add indexer keys, (rows, n, dim), and return all of them; a step's refusal takes them away again."""
+        if is_compiling():  # what a graph assigns is assigned when all of it has succeeded
+            return DynamicIndexedLayer.update_indexer(self, indexer_key_states)
         steps = self.memory.steps
         try:
             step = steps.current

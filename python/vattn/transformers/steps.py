@@ -105,10 +105,14 @@ class Steps:
             for group in self.memory.groups:
                 group.trim()
         if step.lost:
-            self.torn = (
-                f"a step was refused when {step.lost} had moved, and that cannot be put back; reset() the cache and "
-                "feed the tokens again"
-            )
+            self.lose(step.lost)
+
+    def lose(self, what: str) -> None:
+        """`what` has moved in a step that was refused, and cannot be put back."""
+        self.torn = (
+            f"a step was refused when {what} had moved, and that cannot be put back; reset() the cache and feed the "
+            "tokens again"
+        )
 
     # ------------------------------------------------------------ layers that transformers keeps
 
