@@ -315,7 +315,7 @@ def _limits(config: Any, max_seq_len: Any, max_batch_size: Any, options: dict[st
         raise TypeError(f"config must be a transformers configuration, got {type(config).__name__}; pass model.config")
     if "max_cache_len" in options:
         raise TypeError(
-            f"max_cache_len={options['max_cache_len']!r} is StaticCache's name for it; VattnCache calls it max_seq_len, "
+            f"max_cache_len={options['max_cache_len']!r} is StaticCache's name; VattnCache calls it max_seq_len, "
             "and it may be left out"
         )
     unknown = sorted(set(options) - set(OPTIONS))
