@@ -405,6 +405,44 @@ def test_conversations_of_one_pool_run_in_several_threads():
         assert pool.stats().active_slots == len(pool) == 0
 
 
+def test_threads_that_fill_copy_and_drop_conversations_see_their_own_tokens_only():
+    with pool_of(32) as pool:
+
+        def work(number):
+            chance = random.Random(number)
+            held = []
+            for turn in range(120):
+                if len(held) < 3 and chance.random() < 0.6:
+                    value = float(1000 * number + turn)
+                    conversation = pool.new()
+                    keys = torch.full((chance.randint(1, 2), HEADS, chance.randint(1, 150), DIM), value)
+                    for layer in range(3):
+                        conversation.update(keys, keys, layer)
+                    held.append((conversation, value))
+                elif held:
+                    place = chance.randrange(len(held))
+                    action = chance.choice(["drop", "close", "copy", "crop"])
+                    conversation, value = held[place]
+                    if action == "drop":
+                        del held[place], conversation
+                    elif action == "close":
+                        conversation.close()
+                        del held[place]
+                    elif action == "copy":
+                        held[place] = (copy.deepcopy(conversation), value)
+                    else:
+                        conversation.crop(-(conversation.get_seq_length() // 2))
+                for conversation, value in held:
+                    for layer in conversation.layers:
+                        assert bool((layer.keys == value).all())
+                        assert bool((layer.values == value).all())
+                conversation = None
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))
+        assert pool.stats().active_slots == len(pool) == 0
+
+
 def greedy(model, ids, cache):
     # Not `generate` of hf_models: that seeds the process's random numbers.
     from hf_models import NEW, cache_argument

@@ -314,12 +314,11 @@ def _limits(config: Any, max_seq_len: Any, max_batch_size: Any, options: dict[st
     """What the user asked for, checked as far as it can be without the model's keys."""
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config must be a transformers configuration, got {type(config).__name__}; pass model.config")
-    for theirs, ours in (("max_cache_len", "max_seq_len"), ("batch_size", "max_batch_size")):
-        if theirs in options:
-            raise TypeError(
-                f"{theirs}={options[theirs]!r} is StaticCache's name for it; VattnCache calls it {ours}, and it may be "
-                "left out"
-            )
+    if "max_cache_len" in options:
+        raise TypeError(
+            f"max_cache_len={options['max_cache_len']!r} is StaticCache's name; VattnCache calls it max_seq_len, "
+            "and it may be left out"
+        )
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise TypeError(f"unknown option {unknown[0]}={options[unknown[0]]!r}; VattnCache takes {', '.join(OPTIONS)}")

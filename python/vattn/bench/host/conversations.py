@@ -41,7 +41,8 @@ ARMS = {
 
 
 def _parameters(settings: Settings) -> list[dict[str, Any]]:
-    kept = [{"measured": kind, "tokens": tokens} for tokens in PIECES for kind in ("CPU", "memory")]
+    ways = list(PIECES)[: 1 if settings.quick else None]
+    kept = [{"measured": kind, "tokens": tokens} for tokens in ways for kind in ("CPU", "memory")]
     contexts = CONTEXTS[:1] if settings.quick else CONTEXTS
     return [*kept, *({"measured": "decode", "context": context} for context in contexts)]
 
