@@ -13,7 +13,8 @@ any cache.
 Files, bottom up: `lease.py` (where rows get their slots), `group.py` (the layers of one shape, which grow together),
 `layer.py` (a model layer's share of it), `memory.py` (the groups of one cache), `cache_pool.py` (many conversations on
 one KVCache), `cache.py` (`VattnCache`), `encoder_decoder.py` (the same for encoder-decoder models), `attention.py` (the
-attention function); `model_length.py` and `keyword.py` know what models and releases call things.
+attention function), with `attention_keywords.py`, `masks.py` and `offered.py` (which models may use it);
+`model_length.py` and `keyword.py` know what models and releases call things.
 
 Thread: as any transformers cache, one thread at a time a cache; different caches are independent.
 """
