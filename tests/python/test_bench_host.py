@@ -11,7 +11,7 @@ import pytest
 from vattn.bench import process, programs
 from vattn.bench.benchmark import Case, Settings
 from vattn.bench.block_tables import BLOCK_TOKENS, NaiveBlockTable, PersistentBlockTable
-from vattn.bench.host import append, cold_start, decode_wait, growth, hf_decode, mappings, replay, step
+from vattn.bench.host import append, cold_start, conversations, decode_wait, growth, hf_decode, mappings, replay, step
 from vattn.tools.memories import PagedMemory
 
 QUICK = Settings(quick=True)
@@ -173,6 +173,25 @@ def test_the_promises_of_the_first_issue_are_judged_at_their_points() -> None:
     assert [bound.most for bound in hf_decode.bounds_of(at)] == [1.03, 0.35, 1.05]
     at = {"heads": "32/4", "dtype": "bfloat16", "context": 32768}
     assert [bound.most for bound in hf_decode.bounds_of(at)] == [1.03, 1.03, 0.25]
+
+
+def test_many_conversations_are_kept_and_measured() -> None:
+    pytest.importorskip("transformers")
+    names = (conversations.DYNAMIC, conversations.POOL, conversations.SLICED)
+    found = {arm: process.measure("vattn.bench.host.conversations", arm, "all together", 5) for arm in names}
+    assert [each["live"] for each in found.values()] == [5, 5, 5]
+    for kind, unit, most in (("CPU", "ms", 3), ("memory", "MiB", 1.5)):
+        case = conversations.of_children({"measured": kind, "tokens": "all together"}, found)
+        check(case, "conversations", set(names))
+        assert {arm.unit for arm in case.arms} == {unit}
+        assert [bound.most for bound in case.bounds] == [most]
+
+
+def test_decode_in_a_pool_is_timed_beside_other_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(hf_decode.MODELS, "8/8", hf_decode.MODELS["8/8"] | {"num_hidden_layers": 1})
+    case = conversations.decode({"measured": "decode", "context": 32}, 2)
+    check(case, "conversations", set(conversations.ARMS))
 
 
 def test_paging_with_large_blocks_takes_whole_blocks() -> None:

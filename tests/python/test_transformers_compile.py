@@ -38,7 +38,7 @@ def compiled(name, attention="sdpa", backend="eager", fullgraph=True):
     return model
 
 
-def traced(model, cache, expected, count=16):
+def traced(model, cache, expected, count=8):
     """Graphs and breaks of one `generate`, whose tokens must be the expected ones."""
     torch._dynamo.reset()
     counters.clear()
@@ -46,14 +46,11 @@ def traced(model, cache, expected, count=16):
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"),
-    [("llama", "sdpa"), ("llama", "vattn"), ("gemma3", "sdpa"), ("t5", "sdpa"), ("qwen3", "eager")],
-)
+@pytest.mark.parametrize(("name", "attention"), [("llama", "vattn"), ("gemma3", "sdpa"), ("t5", "sdpa")])
 def test_generate_compiles_into_whole_graphs(name, attention):
     plain = model_of(name, attention)
     model = compiled(name, attention)
-    expected = generate(plain, prompt(), dynamic_cache(plain), max_new_tokens=16)
+    expected = generate(plain, prompt(), dynamic_cache(plain), max_new_tokens=8)
     theirs = traced(model, dynamic_cache(model), expected)
     assert theirs[1] == 0
     assert traced(model, vattn_cache(model), expected) == theirs

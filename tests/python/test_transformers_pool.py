@@ -297,6 +297,18 @@ def test_the_default_has_room_for_hundreds():
         assert pool.kv_caches[0].lookahead_tokens == pool.kv_caches[0].warm_tokens == 0
 
 
+def test_the_default_has_fewer_rows_where_they_are_very_long():
+    with VattnCache.pool(model_of("llama").config, max_seq_len=10**9) as pool:  # 357 GiB a row
+        given = fill(conversation := pool.new(), 1, 2)
+        assert 64 <= pool.max_batch_size < 128
+        assert holds(conversation, given)
+    with (
+        VattnCache.pool(model_of("llama").config, max_seq_len=10**9, max_batch_size=1024) as pool,
+        pytest.raises(OverflowError, match=r"max_batch_size .* max_seq_len"),
+    ):
+        fill(pool.new(), 1, 2)
+
+
 def test_options_are_those_of_a_kv_cache():
     with pool_of(4, layout="HND", page_size="128KiB") as pool:
         fill(pool.new(), 1, 1)

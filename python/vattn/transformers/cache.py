@@ -12,28 +12,26 @@ Thread: one at a time, as any transformers cache; different caches are independe
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
-import weakref
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 from torch.compiler import is_dynamo_compiling as is_compiling
-from transformers import PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 import vattn
 from vattn._arguments import to_int
 from vattn.sizes import format_size
-from vattn.transformers.cache_pool import MAX_BATCH_SIZE, VattnCachePool, sum_stats
+from vattn.transformers.cache_pool import Member, VattnCachePool, sum_stats
 from vattn.transformers.checks import check_options, refuse_a_length_that_cannot_fit, say_what_is_held
 from vattn.transformers.layer import VattnLayer
 from vattn.transformers.lease import Limits, OwnMemory, Source
 from vattn.transformers.memory import CacheMemory
 from vattn.transformers.mixed_layers import in_vattn
-from vattn.transformers.model_length import model_length
+from vattn.transformers.model_length import model_length, refuse_no_length
 from vattn.transformers.other_layers import close_layers, in_every_layer, reset_layers
 
 #: KVCache's keyword options that make sense here; shapes, dtype and device come from the model's first keys.
@@ -51,6 +49,9 @@ OPTIONS = (
     "guard_tokens",
     "scrub",
 )
+
+#: Layers that hold nothing at all; the releases before 5.23 have none.
+_WITHOUT_TOKENS: tuple[Any, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 
 
 class VattnCache(DynamicCache):
@@ -94,10 +95,6 @@ class VattnCache(DynamicCache):
         _source: Source | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(config, PreTrainedConfig):
-            raise TypeError(
-                f"config must be a transformers configuration, got {type(config).__name__}; pass model.config"
-            )
         if offloading:
             raise ValueError(
                 f"offloading={offloading!r} is not supported: a vattn cache stays at its addresses; "
@@ -106,13 +103,14 @@ class VattnCache(DynamicCache):
         if _source is None:
             _source = OwnMemory(_limits(config, max_seq_len, max_batch_size, options))
         self._memory = CacheMemory(_source)
-        give_back_with(self, self._memory)
         super().__init__(config=config)
         self.layers = [in_vattn(layer, self._memory) or layer for layer in self.layers]
-        others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, DummyLayer))]
+        others = [layer for layer in self.layers if not isinstance(layer, (VattnLayer, *_WITHOUT_TOKENS))]
         self._memory.has_others = bool(others)
         self._memory.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
-        say_what_is_held(config, self.layers_held, len(self.layers), others)
+        if not isinstance(_source, Member):  # a pool says it once
+            say_what_is_held(config, self.layers_held, len(self.layers), others)
+            refuse_no_length(config, self.max_seq_len)
 
     @property
     def layers_held(self) -> int:
@@ -195,7 +193,7 @@ class VattnCache(DynamicCache):
         cls,
         config: PreTrainedConfig,
         max_seq_len: int | None = None,
-        max_batch_size: int = MAX_BATCH_SIZE,
+        max_batch_size: int | None = None,
         **options: Any,
     ) -> VattnCachePool:
         """Memory for many conversations of one model: `pool.new()` gives a VattnCache for each.
@@ -207,7 +205,8 @@ class VattnCache(DynamicCache):
 
         `max_batch_size`: the most rows that all conversations and their copies may hold together, each of which keeps
         one at least. A row costs addresses, not memory, so leave some to spare: for copies, and because the rows of a
-        batch must be neighbours. `max_seq_len` and the options are VattnCache's, but `layout` is "NHD" here, and
+        batch must be neighbours. None: 1,024, or as many as fit in 32 TiB of addresses where a model is made for very
+        long sequences. `max_seq_len` and the options are VattnCache's, but `layout` is "NHD" here, and
         `lookahead_tokens` and `warm_tokens` are 0: token-major rows take least of the kernel's mappings and of memory,
         and cost something in decode on the CPU (docs/huggingface.md). `memory_limit` is for the whole pool.
 
@@ -252,7 +251,7 @@ class VattnCache(DynamicCache):
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self._memory.is_closed or self._memory.source.is_closed
+        return self._memory.is_closed
 
     def close(self) -> None:
         """Give all memory back now; a second call does nothing. Tensors already handed out stay readable.
@@ -301,7 +300,6 @@ class VattnCache(DynamicCache):
         copy.deepcopy(self._memory, memo)  # first: it knows the copies of all layers, in whatever order they are met
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
-        give_back_with(twin, twin._memory)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -309,17 +307,6 @@ class VattnCache(DynamicCache):
             "cannot pickle a VattnCache: its memory belongs to this process; "
             "use copy.deepcopy for a copy here, or save clones of the layers' keys and values"
         )
-
-
-def give_back_with(cache: VattnCache, memory: CacheMemory) -> None:
-    """Close `memory` with the last reference to `cache`: its layers and groups know each other, and would wait for the
-    garbage collector."""
-    weakref.finalize(cache, _close_quietly, memory).atexit = False  # a KVCache closes itself then
-
-
-def _close_quietly(memory: CacheMemory) -> None:
-    with contextlib.suppress(Exception):  # in a forked child, or what the driver would not take
-        memory.close()
 
 
 def _limits(config: Any, max_seq_len: Any, max_batch_size: Any, options: dict[str, Any]) -> Limits:

@@ -33,8 +33,10 @@ from vattn.transformers.lease import Lease, Limits, Shape, open_kv_cache
 if TYPE_CHECKING:
     from vattn.transformers.cache import VattnCache
 
-#: Rows of a pool that was not told how many: a row costs addresses, not memory, until it holds tokens.
+#: Rows of a pool that was not told how many, and the addresses that a KVCache of so many may take at most: a row costs
+#: addresses, not memory, until it holds tokens, and a process has 128 TiB of them.
 MAX_BATCH_SIZE = 1024
+MAX_ADDRESSES = 32 << 40
 #: What a pool of conversations chooses otherwise than a cache of its own: see docs/huggingface.md.
 DEFAULTS: dict[str, Any] = {"layout": "NHD", "lookahead_tokens": 0, "warm_tokens": 0}
 
@@ -143,6 +145,7 @@ class _Shared:
     """
 
     def __init__(self, limits: Limits) -> None:
+        self.is_told = limits.max_batch_size is not None
         self.most_rows = limits.max_batch_size or MAX_BATCH_SIZE
         self.limits = limits._replace(max_batch_size=self.most_rows, options={**DEFAULTS, **limits.options})
         self.geometries: dict[int, tuple[int, int, int]] = {}
@@ -233,6 +236,9 @@ class _Shared:
             self.check_open()
             tenancy = self.tenancies.get((layers, shape))
             if tenancy is None:
+                if not self.is_told:
+                    row = layers * shape.token_bytes * self.limits.max_seq_len
+                    self.most_rows = max(1, min(self.most_rows, MAX_ADDRESSES // row))
                 tenancy = _Tenancy(open_kv_cache(layers, shape, self.limits, self.most_rows), shape)
                 self.tenancies[layers, shape] = tenancy
             # Each conversation that has no row here can have one, so the others leave it.

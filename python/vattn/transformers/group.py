@@ -19,11 +19,12 @@ import torch
 
 import vattn
 from vattn.transformers.lease import Lease, Limits, OwnMemory, Shape, Source, restore_limit
+from vattn.transformers.weak_list import WeakList
 
 if TYPE_CHECKING:
     from vattn.transformers.layer import VattnLayer
 
-__all__ = ["LayerGroup", "Limits", "OwnMemory", "Shape", "Source"]
+__all__ = ["LayerGroup", "Limits", "OwnMemory", "Shape", "Source", "chosen"]
 
 
 class LayerGroup:
@@ -37,7 +38,7 @@ class LayerGroup:
         self.count = count
         self.shape = shape
         self.source = source
-        self.layers: list[VattnLayer] = []
+        self.layers: WeakList[VattnLayer] = WeakList()
         self.rows = 0
         self.length = 0
         source.limits.check(first_rows, first_length)
@@ -58,9 +59,14 @@ class LayerGroup:
         """Bytes of the tokens that its layers hold."""
         return sum(layer.rows * layer.length for layer in self.layers) * self.shape.token_bytes
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the layer that holds most."""
+        return max((layer.length for layer in self.layers), default=0)
+
     def adopt(self, layers: Sequence[VattnLayer]) -> None:
         """Make this group the home of `layers`, in this order."""
-        self.layers = list(layers)
+        self.layers = WeakList(layers)
         for index, layer in enumerate(layers):
             layer.group, layer.index = self, index
 
@@ -79,7 +85,10 @@ class LayerGroup:
     def _widen(self, rows: int, length: int) -> None:
         """Move to a lease of `rows` rows, with memory for `length` tokens: a copy of what the layers hold, once."""
         old = self.lease
-        new = self.source.lease(self.count, self.shape, rows, length, old)
+        is_empty = not any(layer.rows and layer.length for layer in self.layers)
+        if is_empty:
+            old.close()  # first, so that its memory is there for the new one
+        new = self.source.lease(self.count, self.shape, rows, length, None if is_empty else old)
         try:
             new.record_stream()
             new.cache.step(dict.fromkeys(new.slots, length))
@@ -107,7 +116,7 @@ class LayerGroup:
 
     def trim(self) -> None:
         """Give back the rows and tokens that no layer holds any more."""
-        length = max(layer.length for layer in self.layers)
+        length = self.most_tokens
         rows = max(layer.rows for layer in self.layers) if length else 0
         if rows < self.rows or length < self.length:
             if not self.cache.is_closed:  # with its pool

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from vattn.transformers.assignment import Half, apart, assign
 from vattn.transformers.compiled import extend, fill, named
 from vattn.transformers.group import LayerGroup, chosen
+from vattn.transformers.row_moves import SPARE, row_moves
 
 if TYPE_CHECKING:
     from vattn.transformers.memory import CacheMemory
@@ -33,8 +34,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A full-attention layer whose keys and values live in a vattn.KVCache.
 
-    `keys` and `values` are views (rows, heads, tokens, dim) of what it holds, or None while it holds nothing. Assigning
-    them edits the layer: see `assignment.py`.
+    `keys` and `values` are views (rows, heads, tokens, dim) of what it holds, or None before the first tokens and after
+    `reset`. Assigning them edits the layer: see `assignment.py`.
     """
 
     # A compiled graph would need the whole buffer and a mask, and so read memory that is not committed.
@@ -58,7 +59,7 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._room_length = 0
         self._name = named(self)
         super().__init__()  # type: ignore[no-untyped-call]
-        memory.layers.append(self)
+        self.place = memory.layers.append(self)  # among the cache's layers in vattn memory
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -102,6 +103,8 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         steps = self.memory.steps
         try:
             rows, _, count, _ = key_states.shape
+            if not rows and not self.length and not self.memory.is_closed:
+                return key_states, value_states  # as DynamicCache: a batch of no rows attends over itself
             step = steps.current
             if step is None or self.step is step:
                 step = steps.begin(rows, count)
@@ -260,9 +263,12 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Row i becomes what row `indices[i]` was; there may be more or fewer of them than rows."""
         self.settle()
-        if self.group is None or self._keys is None or self._values is None:
+        if self.group is None or self._keys is None or self._values is None or not self.length:
             return
         rows = chosen(self.rows, indices, self._keys.device)
+        if rows.numel() == self.rows and self._graph is None:
+            self._permute(rows)
+            return
         graph = None if self._graph is None else tuple(tensor.index_select(0, rows) for tensor in self._graph)
         with torch.no_grad():
             keys, values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
@@ -274,6 +280,24 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._graph = (graph[0], graph[1])
             self.refresh()
         self.trim()
+
+    def _permute(self, rows: torch.Tensor) -> None:
+        """`batch_select_indices` of as many rows as there are: each where it is, and those that stay are not copied."""
+        assert self._keys is not None
+        assert self._values is not None
+        with torch.no_grad():
+            if rows.device.type != "cpu":  # to look at the numbers would wait for the device
+                for tensor in (self._keys, self._values):
+                    tensor.copy_(tensor.index_select(0, rows))
+                return
+            moves = row_moves(rows.tolist())
+            for tensor in (self._keys, self._values):
+                place = dict(enumerate(tensor.unbind(0)))
+                for to, source in moves:
+                    if to == SPARE:
+                        place[SPARE] = place[source].clone()
+                    else:
+                        place[to].copy_(place[source])
 
     def offload(self) -> NoReturn:
         """Not offered: the addresses of the cache stay, so there is nothing to move."""
@@ -288,6 +312,11 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._keys = self._values = None
         if self._graph is not None and not (self.length and any(tensor.requires_grad for tensor in self._graph)):
             self._graph = None
+        if self.group is not None and self.rows and not self.length:  # emptied: as DynamicCache has it
+            heads, k_dim, v_dim, dtype, device = self.group.shape
+            self._keys, self._values = (
+                torch.empty(self.rows, heads, 0, dim, dtype=dtype, device=device) for dim in (k_dim, v_dim)
+            )
         if self.group is None or not self.length:
             return ()
         views = self.group.views(self.index, self.rows, self.length)

@@ -90,7 +90,8 @@ class Lease:
         """The work of the calling thread uses the slots. A KVCache of one's own is closed, which waits for all work."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back: there are no slots then. A second call does nothing."""
+        self.slots = []
         self.cache.close()
 
 

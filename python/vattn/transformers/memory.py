@@ -19,6 +19,7 @@ import torch
 import vattn
 from vattn.transformers.group import LayerGroup, Shape, Source, chosen
 from vattn.transformers.steps import Steps
+from vattn.transformers.weak_list import WeakList
 
 if TYPE_CHECKING:
     from vattn.transformers.layer import VattnLayer
@@ -30,12 +31,17 @@ class CacheMemory:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.limits = source.limits
-        self.layers: list[VattnLayer] = []
+        self.layers: WeakList[VattnLayer] = WeakList()
         self.groups: list[LayerGroup] = []
-        self.is_closed = False
+        self._is_closed = False
         self.has_others = False  # the cache also has layers that transformers keeps
         self.has_states = False  # some of them overwrite their states
         self.steps = Steps(self)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or the pool that it is in."""
+        return self._is_closed or self.source.is_closed
 
     def rows(self) -> int:
         """Rows held, 0 while no layer holds tokens."""
@@ -50,7 +56,7 @@ class CacheMemory:
             longest = max(longest, layer.length)
         self.limits.check(rows, longest + count)
         for group in self.groups:
-            group.make_room(rows, max(layer.length for layer in group.layers) + count)
+            group.make_room(rows, group.most_tokens + count)
 
     def reserve_rows(self, chosen_of: Callable[[int], Any]) -> None:
         """Room for the rows that `chosen_of(rows)` selects, in every group, or an error, and no layer has changed."""
@@ -59,7 +65,7 @@ class CacheMemory:
         if rows and (self.has_others or len(self.groups) > 1):
             count = chosen(rows, chosen_of(rows), torch.device("cpu")).numel()
             for group in self.groups:
-                group.make_room(count, max(layer.length for layer in group.layers))
+                group.make_room(count, group.most_tokens)
 
     def bind(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Give `layer` a home that fits its keys and values, (rows, heads, tokens, dim).
@@ -74,14 +80,18 @@ class CacheMemory:
         shape = Shape.of(keys, values)
         old = layer.group
         known = self.source.geometries
-        known[self.layers.index(layer)] = shape.geometry
+        known[layer.place] = shape.geometry
         if old is not None and old.shape == shape:
             return
         moving = [
             other
-            for place, other in enumerate(self.layers)
+            for other in self.layers
             if other is layer
-            or (other.group is old and not other.is_initialized and known.get(place, shape.geometry) == shape.geometry)
+            or (
+                other.group is old
+                and not other.is_initialized
+                and known.get(other.place, shape.geometry) == shape.geometry
+            )
         ]
         staying = [] if old is None else [other for other in old.layers if other not in moving]
         new = LayerGroup(len(moving), shape, self.source, keys.shape[0], keys.shape[2])
@@ -100,7 +110,7 @@ class CacheMemory:
     def close(self) -> None:
         """Give all memory back. Tensors already handed out stay readable; the layers are empty and take no more
         tokens."""
-        self.is_closed = True
+        self._is_closed = True
         self.steps.end()
         for layer in self.layers:
             layer.forget()
@@ -112,19 +122,21 @@ class CacheMemory:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheMemory:
         """A fork: other memory, the same tokens. Puts the copies of all layers into `memo`."""
         twin = CacheMemory(self.source.another())
-        twin.is_closed, twin.has_others, twin.has_states = self.is_closed, self.has_others, self.has_states
+        twin._is_closed, twin.has_others, twin.has_states = self.is_closed, self.has_others, self.has_states
         twin.steps.torn = self.steps.torn
+        members = [list(group.layers) for group in self.groups]
         try:
-            for group in self.groups:
-                twin.groups.append(group.fork(group.layers, twin.source))
+            for group, layers in zip(self.groups, members, strict=True):
+                if layers:
+                    twin.groups.append(group.fork(layers, twin.source))
         except BaseException:
             twin.close()
             raise
         memo[id(self)] = twin
         for layer in self.layers:
             memo[id(layer)] = layer.twin(twin)
-        for group, copied in zip(self.groups, twin.groups, strict=True):
-            copied.adopt([memo[id(layer)] for layer in group.layers])
+        for group, layers in zip(twin.groups, filter(None, members), strict=True):
+            group.adopt([memo[id(layer)] for layer in layers])
         for layer in twin.layers:
             layer.refresh()
         return twin

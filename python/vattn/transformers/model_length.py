@@ -24,19 +24,23 @@ NAMES = (
 
 
 def model_length(config: PreTrainedConfig) -> int:
-    """The most tokens that the (text) decoder of `config` is made for; ValueError where it names no number.
+    """The most tokens that the (text) decoder of `config` is made for; 0 where it names no number.
 
     Where rotary positions are stretched by a factor over a length of their own, the stretched length counts too.
     """
     text = config.get_text_config(decoder=True)
     found = [_whole(getattr(text, name, None)) for name in NAMES]
     named = next((length for length in found if length), 0)
-    if not named:
+    return max(named, _stretched(text)) if named else 0
+
+
+def refuse_no_length(config: PreTrainedConfig, max_seq_len: int) -> None:
+    """ValueError where `max_seq_len` is what `model_length` gave, and that is nothing."""
+    if not max_seq_len:
         raise ValueError(
-            f"max_seq_len=None: a {type(text).__name__} does not say how long a sequence may get (it has none of "
+            f"max_seq_len=None: a {type(config).__name__} does not say how long a sequence may get (it has none of "
             f"{', '.join(NAMES)}); give max_seq_len, which reserves addresses, not memory"
         )
-    return max(named, _stretched(text))
 
 
 def _stretched(text: PreTrainedConfig) -> int:

@@ -13,6 +13,7 @@ Thread: one at a time, as the transformers cache it belongs to.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,17 @@ class Steps:
     """The steps of one cache. A step ends when a layer that has moved in it comes round again, or by `end`."""
 
     def __init__(self, memory: CacheMemory) -> None:
-        self.memory = memory
+        self._memory = weakref.ref(memory)  # which holds this
         self.current: Step | None = None
         self.torn = ""  # why the cache takes no more tokens until it is reset
         self._expected = False
+
+    @property
+    def memory(self) -> CacheMemory:
+        """The memory of the cache."""
+        memory = self._memory()
+        assert memory is not None  # only its own layers come here, and they hold it
+        return memory
 
     def begin(self, rows: int | None = None, count: int = 0) -> Step:
         """A new step, of `count` tokens in `rows` rows where they are known; ValueError or OutOfMemoryError where they
