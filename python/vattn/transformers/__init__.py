@@ -11,12 +11,12 @@ chosen up front. Importing this module also registers `attn_implementation="vatt
 any cache.
 
 Files, bottom up: `lease.py` (where rows get their slots), `group.py` (the layers of one shape, which grow together),
-`layer.py` (a model layer's share of it; `assignment.py`: what assigned keys do; `compiled.py`: what torch.compile sees),
-`mixed_layers.py` (layers that hold more than keys), `other_layers.py` (those that transformers keeps), `steps.py` (what a
-refused step puts back), `memory.py` (the groups of one cache), `checks.py` (what is refused early), `cache_pool.py` (many conversations on
-one KVCache), `cache.py` (`VattnCache`), `encoder_decoder.py` (the same for encoder-decoder models), `attention.py` (the
-attention function), with `attention_keywords.py`, `masks.py` and `offered.py` (which models may use it);
-`model_length.py` and `keyword.py` know what models and releases call things.
+`layer.py` (a model layer's share of it; `assignment.py`: what assigned keys do; `compiled.py`: what torch.compile
+sees), `mixed_layers.py` (layers that hold more than keys), `other_layers.py` (those that transformers keeps),
+`steps.py` (what a refused step puts back), `memory.py` (the groups of one cache), `checks.py` (what is refused early),
+`cache_pool.py` (many conversations on one KVCache), `cache.py` (`VattnCache`), `encoder_decoder.py` (the same for
+encoder-decoder models), `attention.py` (the attention function), with `attention_keywords.py`, `masks.py` and
+`offered.py` (which models may use it); `model_length.py` and `keyword.py` know what models and releases call things.
 
 Thread: as any transformers cache, one thread at a time a cache; different caches are independent.
 """
