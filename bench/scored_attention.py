@@ -4,8 +4,8 @@
     python bench/scored_attention.py
 
 The shapes are one layer of gpt-oss-20b (64 query heads on 8 key heads of 64, sinks) and of Gemma 2 9B (16 on 8 of 256,
-a soft cap of 50). Decode is one query over a prompt's keys, prefill a whole prompt. The arms take turns; a figure is the
-median of the CPU time of a call, the last column a ratio of medians of one run.
+a soft cap of 50). Decode is one query over a prompt's keys, prefill a whole prompt. The arms take turns; a figure is
+the median of the CPU time of a call, the last column a ratio of medians of one run.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def test_a_result_of_another_kind_is_told_apart(data: dict[str, Any]) -> None:
 
 
 def test_the_keywords_met_are_all_in_the_table(data: dict[str, Any]) -> None:
-    from vattn.transformers import keywords
+    from vattn.transformers import attention_keywords as keywords
 
     met = {name for each in data["results"] for name in each.get("keywords", [])}
     assert met <= {*keywords.HONOURED, *keywords.HARMLESS, *keywords.REFUSED}

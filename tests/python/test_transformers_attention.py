@@ -294,6 +294,28 @@ def test_gradients_through_sinks_and_soft_caps_are_those_of_eager(name):
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-3) for a, b in zip(*gradients, strict=True))
 
 
+def t5gemma(attention):
+    """An encoder-decoder whose every attention has a soft cap."""
+    part = {**_TINY, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
+    config = transformers.T5GemmaConfig(
+        encoder=dict(part), decoder=dict(part), vocab_size=96, pad_token_id=PAD, decoder_start_token_id=PAD
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention).eval()
+
+
+def test_soft_caps_of_an_encoder_decoder_are_those_of_eager(monkeypatch):
+    ids, mask = prompt(rows=2), torch.ones(2, 17, dtype=torch.long)
+    mask[0, -5:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": prompt(rows=2, length=12, seed=3)}
+    with torch.no_grad():
+        expected = t5gemma("eager")(**given).logits
+        assert (t5gemma("vattn")(**given).logits - expected).abs().max() < TOLERANCE
+        plain = lambda *args, softcap=None, **kwargs: attention_forward(*args, **kwargs)  # noqa: E731
+        monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "vattn", plain)
+        assert (t5gemma("vattn")(**given).logits - expected).abs().max() > 10 * TOLERANCE
+
+
 def test_sinks_of_another_shape_are_refused():
     query = torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match=r"sinks of shape \(4,\) or \(1, 4, 3, 1\), got \(2,\)"):

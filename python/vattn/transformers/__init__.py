@@ -15,8 +15,8 @@ Files, bottom up: `lease.py` (where rows get their slots), `group.py` (the layer
 share of a group), `mixed_layers.py` (layers that hold more than keys), `other_layers.py` (those that transformers
 keeps), `steps.py` (what a refused step puts back), `memory.py` (the groups of one cache), `cache_pool.py` (many
 conversations on one KVCache), `checks.py` (what is refused early), `cache.py` (`VattnCache`), `encoder_decoder.py` (the
-same for encoder-decoder models), `attention.py` (the attention function); `model_length.py` and `keyword.py` know what
-models and releases call things.
+same for encoder-decoder models), `attention.py` (the attention function), with `attention_keywords.py`, `masks.py` and
+`offered.py` (which models may use it); `model_length.py` and `keyword.py` know what models and releases call things.
 
 Thread: as any transformers cache, one thread at a time a cache; different caches are independent.
 """

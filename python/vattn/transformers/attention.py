@@ -6,8 +6,8 @@ of tokens instead of masking the others; on the CPU a prompt shares key heads in
 caps, which torch's function does not take, are computed by `vattn.attention.scores`.
 
 What it promises: the results of transformers' "eager", with any cache and any model that `offered.py` lets use it; an
-option that it cannot honour is a ValueError, never ignored (`keywords.py`). Padding, sliding windows and packed
-sequences are honoured (`masks.py`).
+option that it cannot honour is a ValueError, never ignored (`attention_keywords.py`). Padding, sliding windows and
+packed sequences are honoured (`masks.py`).
 
 Thread: any; it keeps no state.
 """
@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vattn.attention import attend_one, attend_spans, fold_groups
 from vattn.attention.scores import attend_scores, attend_sinks, can_attend_sinks
-from vattn.transformers import keywords, offered
+from vattn.transformers import attention_keywords, offered
 from vattn.transformers.masks import attention_mask, newest, packed
 
 NAME = "vattn"
@@ -64,7 +64,7 @@ def attention_forward(
     Returns (rows, n, q_heads, value dim), contiguous, and None for the weights. Raises ValueError for what it cannot
     honour.
     """
-    keywords.check(kwargs, NAME)
+    attention_keywords.check(kwargs, NAME)
     n, tokens = query.shape[2], key.shape[2]
     causal = n > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:

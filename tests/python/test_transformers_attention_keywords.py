@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from hf_models import model_of, prompt
-from vattn.transformers import keywords
+from vattn.transformers import attention_keywords as keywords
 from vattn.transformers.attention import attention_forward
 
 KNOWN = {*keywords.HONOURED, *keywords.HARMLESS, *keywords.REFUSED}
