@@ -15,7 +15,7 @@ tests() {  # tests EXPRESSION ARGUMENTS...: the Python tests of the CUDA driver,
   local expression=$1 many=()
   shift
   ! "$PY" -c 'import xdist' 2>/dev/null || many=(-n "$WORKERS")
-  "$PY" -m pytest -q -p no:cacheprovider "${many[@]}" -k "$expression" "$@"
+  "$PY" -m pytest -p no:cacheprovider "${many[@]}" -k "$expression" "$@"
 }
 
 cpp() {  # cpp FILTER ARGUMENTS...: as on a GPU, with whatever libcuda.so.1 is
