@@ -15,7 +15,7 @@ tests() {  # tests EXPRESSION ARGUMENTS...: the Python tests of the CUDA driver,
   local expression=$1 many=()
   shift
   ! "$PY" -c 'import xdist' 2>/dev/null || many=(-n "$WORKERS")
-  "$PY" -m pytest -q -p no:cacheprovider "${many[@]}" -k "$expression" "$@"
+  "$PY" -m pytest -p no:cacheprovider "${many[@]}" -k "$expression" "$@"
 }
 
 cpp() {  # cpp FILTER ARGUMENTS...: as on a GPU, with whatever libcuda.so.1 is
@@ -92,7 +92,8 @@ call_2() {
       tests) run again_tests 60 tests 'cuda and not running_work' -x -vv ;;
       cpp) run again_cpp 30 cpp '*uda*' --gtest_brief=0 ;;
       smoke) run again_smoke 30 smoke ;;
-      probe | install | machine | stress) ;;
+      stress) VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run again_stress 45 tests 'cuda and running_work' ;;
+      probe | install | machine) ;;
       boundaries) run again_boundaries 60 bench boundaries --check --fresh ;;
       *) run "again_$name" 60 bench "$name" ;;
     esac

@@ -198,8 +198,8 @@ def pretending(fake: Any) -> Iterator[None]:
 def main() -> int:
     """The smoke as `Place`, which is written for a GPU, runs it."""
     from vattn import attention
-    from vattn.bench.gpu import smoke, smoke_checks
-    from vattn.bench.gpu.place import Place
+    from vattn.bench.gpu.smoke import checks, run
+    from vattn.bench.gpu.smoke.place import Place
 
     class PretendedPlace(Place):
         def generator(self, seed: int) -> torch.Generator:
@@ -211,14 +211,14 @@ def main() -> int:
     place = PretendedPlace()
     assert place.cuda.is_fake, "pretending needs the fake libcuda: VATTN_CUDA_LIBRARY"
     place.tokens, place.prompt, place.hidden = 5000, 300, 64
-    run = smoke.Smoke(place)
+    smoke = run.Smoke(place)
     with pretending(place.cuda.library):
         attention.get_kernel, plain = lambda name: ReplayedKernel(), attention.get_kernel  # type: ignore[assignment]
-        with run.part("replay") as seen:
-            seen["worst"] = smoke_checks.replay(place, "")
-            assert seen["worst"] < smoke_checks.CLOSE
+        with smoke.part("replay") as seen:
+            seen["worst"] = checks.replay(place, "")
+            assert seen["worst"] < checks.CLOSE
         attention.get_kernel = plain
-        return smoke.run(run)
+        return run.run(smoke)
 
 
 if __name__ == "__main__":

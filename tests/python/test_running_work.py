@@ -99,7 +99,7 @@ def test_kernels_read_what_was_written_while_neighbours_are_mapped_and_unmapped(
     deadline = time.monotonic() + SECONDS / 2
     with Readers(cache, slots) as readers:
         held: list[int] = []
-        while time.monotonic() < deadline:
+        while turns <= 20 or time.monotonic() < deadline:  # some turns, however slow the machine
             turns += 1
             if len(held) == 6:
                 cache.free(held.pop(0))
@@ -112,7 +112,6 @@ def test_kernels_read_what_was_written_while_neighbours_are_mapped_and_unmapped(
                 cache.free(held.pop(0))
             if turns % 50 == 0:
                 cache.memory_limit = (groups - turns % 20) * 4 * PAGE[device]
-    assert turns > 20
     assert min(readers.rounds) > 0
     assert [int(count) for count in readers.wrong] == [0] * READERS
     now = cache.stats()

@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import vattn
 from vattn import attention
-from vattn.bench.gpu.place import Place, Skipped
+from vattn.bench.gpu.smoke.place import Place, Skipped
 
 if TYPE_CHECKING:
-    from vattn.bench.gpu.smoke import Smoke
+    from vattn.bench.gpu.smoke.run import Smoke
 
 HEADS, QUERY_HEADS, DIM = 8, 32, 128
 DTYPE = torch.bfloat16

@@ -2,7 +2,7 @@
 
     python -m vattn.bench.gpu.smoke [--fake-cuda LIB] [--carried DIR] [--out FILE] [--only CHECK]...
 
-The checks, a function each in `smoke_checks`: growth in place, accounting, SDPA bit-equal on views, every kernel
+The checks, a function each in `checks`: growth in place, accounting, SDPA bit-equal on views, every kernel
 against float64, slot 0 unmapped, free under a running reader, a graph replayed while memory grows, what a capture
 refuses, Hugging Face tokens.
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vattn.bench.gpu.libcuda import CudaError
-from vattn.bench.gpu.place import Place, Skipped, open_place
+from vattn.bench.gpu.smoke.place import Place, Skipped, open_place
 
 CONTEXT_LOST = 3
 
@@ -80,7 +80,7 @@ class Smoke:
 
 def run(smoke: Smoke, only: list[str] | None = None) -> int:
     """Every check, or those; the exit status."""
-    from vattn.bench.gpu.smoke_checks import CHECKS
+    from vattn.bench.gpu.smoke.checks import CHECKS
 
     start = time.perf_counter()
     for check in CHECKS:
@@ -125,7 +125,3 @@ def main(arguments: list[str] | None = None) -> int:
     if status == CONTEXT_LOST:
         os._exit(status)  # what is destroyed now would wait for ever, or abort
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
