@@ -13,12 +13,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from hf_models import VattnCache, dynamic_cache, generate, model_of, prompt, vattn_cache
-from test_transformers_held import falcon_h1, indexed
+from test_transformers_held import indexed
 from vattn.transformers import cache_argument
 
 pytestmark = pytest.mark.filterwarnings("ignore:VattnCache holds")
 
-MAKERS = {"falcon_h1": falcon_h1, "deepseek_v32": lambda: indexed("deepseek_v32")}
+MAKERS = {"deepseek_v32": lambda: indexed("deepseek_v32")}
 
 
 @pytest.fixture(autouse=True)
