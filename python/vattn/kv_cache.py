@@ -102,7 +102,7 @@ class KVCache(Generic[ValueT]):
             dtype: torch.dtype | str,
             device: torch.device | str,
             v_head_dim: Literal[0],
-            layers_per_tensor: int = ...,
+            layers_per_tensor: int | None = ...,
             layout: str | None = ...,
             page_size: int | str | None = ...,
             memory_limit: int | str | None = ...,
@@ -112,6 +112,7 @@ class KVCache(Generic[ValueT]):
             unmapped_reads: str | None = ...,
             guard_tokens: int = ...,
             scrub: bool = ...,
+            dense: bool = ...,
         ) -> None: ...
         @overload
         def __init__(
@@ -125,7 +126,7 @@ class KVCache(Generic[ValueT]):
             dtype: torch.dtype | str,
             device: torch.device | str,
             v_head_dim: int | None = ...,
-            layers_per_tensor: int = ...,
+            layers_per_tensor: int | None = ...,
             layout: str | None = ...,
             page_size: int | str | None = ...,
             memory_limit: int | str | None = ...,
@@ -135,6 +136,7 @@ class KVCache(Generic[ValueT]):
             unmapped_reads: str | None = ...,
             guard_tokens: int = ...,
             scrub: bool = ...,
+            dense: bool = ...,
         ) -> None: ...
 
     def __init__(
@@ -406,9 +408,9 @@ class KVCache(Generic[ValueT]):
 
         For kernels that take lengths. Not all of it has memory: do not print, copy, save, send or
         ``share_memory_()`` it, since that touches every token. Writing where no token is
-        (``cache.layer(0).k[0].zero_()``) ends the process with a segmentation fault; reading there gives zeros, or under
-        ``unmapped_reads="fault"`` ends it too. Take a part of it, ``k[slot, :n]``: what such a part shows is what is
-        pickled and sent, as for :meth:`view`.
+        (``cache.layer(0).k[0].zero_()``) ends the process with a segmentation fault; reading there gives zeros, or
+        under ``unmapped_reads="fault"`` ends it too. Take a part of it, ``k[slot, :n]``: what such a part shows is what
+        is pickled and sent, as for :meth:`view`.
         """
         return self._finished(self._native.layer(to_int(layer, "layer"), KV))
 

@@ -27,9 +27,7 @@ def test_values_are_tensors_for_a_type_checker() -> None:
 
 
 def test_values_are_none_for_a_type_checker_in_a_cache_of_keys_only() -> None:
-    with vattn.KVCache(
-        1, 2, 8, max_batch_size=2, max_seq_len=64, dtype="float32", device="cpu", v_head_dim=0
-    ) as cache:
+    with vattn.KVCache(1, 2, 8, max_batch_size=2, max_seq_len=64, dtype="float32", device="cpu", v_head_dim=0) as cache:
         slot = cache.alloc()
         cache.step({slot: 3})
         assert_type(cache.view(0, slot).v, None)

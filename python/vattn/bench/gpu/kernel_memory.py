@@ -145,6 +145,7 @@ class KernelMemory:
             layers,
             self.model.kv_heads,
             self.model.head_dim,
+            v_head_dim=None,
             dtype=self.bed.dtype,
             device=self.bed.memory_device,
             layout="NHD",
