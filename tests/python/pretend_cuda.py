@@ -169,7 +169,7 @@ def pretending(fake: Any) -> Iterator[None]:
 
     def finish(dtype: str, device: str) -> Any:
         plain = finisher(dtype, device)
-        return (lambda views: move(plain(views))) if device.startswith("cuda") else plain
+        return (lambda view: move(plain(view) if plain else view)) if device.startswith("cuda") else plain
 
     vattn.kv_cache.finisher = finish  # type: ignore[attr-defined]
     vattn.growable_tensor.finisher = finish  # type: ignore[attr-defined]

@@ -74,7 +74,7 @@ def test_with_nothing_importable_it_names_all_that_is_missing(bare_package: Path
 def test_with_nothing_importable_plan_still_works(bare_package: Path) -> None:
     done = run_bare(bare_package, "plan", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens_per_page"] == 1024
+    assert json.loads(done.stdout)["tokens_per_page"] == 64
 
 
 def test_with_nothing_importable_replay_says_what_to_do(bare_package: Path, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_geometry_that_needs_more_bookkeeping_than_there_is_memory_is_refused_at
         + """
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 try:
-    cache(num_layers=65536, head_dim=1, max_batch_size=2**20, max_seq_len=1, device="meta", dtype="float16")
+    cache(num_layers=65536, head_dim=1, max_batch_size=2**20, max_seq_len=1, device="meta", dtype="float16",
+          layers_per_tensor=1)
     raise SystemExit("made")
 except (ValueError, OverflowError, vattn.OutOfMemoryError) as error:
     assert "max_batch_size" in str(error), error

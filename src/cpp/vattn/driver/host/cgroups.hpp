@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "vattn/export.hpp"
+
 namespace vattn::host {
 
 /// The part of every bound that stays untouched: page tables, the kernel and everybody else need some too.
