@@ -21,9 +21,9 @@ class OutOfMemoryError(Error, MemoryError):
         held_by_others_bytes: what the call could have besides, once every slot that it does not grow, and every other
             member of the pool, gave its memory up; 0 where something else than the budget's memory is missing.
 
-    Waiting can help exactly where ``needed_bytes <= available_bytes + held_by_others_bytes``, which
-    ``waiting_can_help`` says: a server then waits for a request to end, or preempts one. Else the call asks for more
-    than the budget holds: ask for less, or raise ``memory_limit``.
+    Waiting can help exactly where ``needed_bytes`` is not 0 and at most ``available_bytes + held_by_others_bytes``,
+    which ``waiting_can_help`` says: a server then waits for a request to end, or preempts one. Else the call asks for
+    more than the budget holds: ask for less, or raise ``memory_limit``.
     """
 
     needed_bytes: int = 0
@@ -33,7 +33,7 @@ class OutOfMemoryError(Error, MemoryError):
 
     @property
     def waiting_can_help(self) -> bool:
-        return self.needed_bytes <= self.available_bytes + self.held_by_others_bytes
+        return 0 < self.needed_bytes <= self.available_bytes + self.held_by_others_bytes
 
 
 class NoFreeSlotError(Error):

@@ -59,6 +59,14 @@ TEST_F(HeadroomTest, TheFirstCgroupVersionIsReadWhereItIsMounted) {
   EXPECT_EQ(Headroom(root_).read().available_bytes, (256 - 56 - 16) * kMiB);
 }
 
+TEST_F(HeadroomTest, TheFirstCgroupVersionsWordForNoneIsNoLimit) {
+  write("/proc/meminfo", "MemFree: 1 kB\n");
+  write("/proc/self/cgroup", "5:memory:/job\n");
+  write("/sys/fs/cgroup/memory/job/memory.limit_in_bytes", "9223372036854771712\n");
+  write("/sys/fs/cgroup/memory/job/memory.usage_in_bytes", "1000\n");
+  EXPECT_NE(Headroom(root_).read().unknown, nullptr);
+}
+
 TEST_F(HeadroomTest, WhatWouldGoIntoTheReserveIsRefusedNamingTheBound) {
   write("/proc/self/cgroup", "0::/small\n");
   write("/sys/fs/cgroup/small/memory.max", std::to_string(200 * kMiB));

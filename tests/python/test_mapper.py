@@ -283,3 +283,25 @@ def test_threads_step_while_the_look_ahead_follows_them(device: str) -> None:
         assert not broken, broken
         cache.settle()
         assert_counts_hold(cache)
+
+
+def test_room_for_a_member_that_lacks_nothing_any_more_is_the_next_ones() -> None:
+    """Two members lack look-ahead in a full pool; what a third gives back reaches the one that still wants it."""
+    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 64, "max_batch_size": 2, "max_seq_len": 8192}
+    for _ in range(40):  # which mapper runs first is chance
+        with vattn.PagePool("cpu", page_size=65_536, memory_limit=6 * 65_536) as pool:
+            kind = {**shape, "dtype": "float16", "device": "cpu", "layout": "NHD", "warm_tokens": 0, "pool": pool}
+            third = vattn.KVCache(**kind, lookahead_tokens=0)
+            first, second = (vattn.KVCache(**kind, lookahead_tokens=1024) for _ in range(2))
+            slots = {cache: cache.alloc() for cache in (third, first, second)}
+            for cache, slot in slots.items():
+                cache.step({slot: 1})
+            for cache in (first, second, first, second):
+                cache.settle()
+            first.free(slots[first])
+            third.close()
+            first.settle()
+            second.settle()
+            assert second.committed_len(slots[second]) == 1024, "a page more in both tensors: all that came back"
+            first.close()
+            second.close()

@@ -133,3 +133,8 @@ def test_a_device_with_less_than_the_budget_is_waited_for_too() -> None:
     """
     environment = {"VATTN_FAKE_CUDA_MEMORY": str(64 * PAGE["cuda"]), "PYTHONPATH": str(pathlib.Path(__file__).parent)}
     check_child(program, env=environment)
+
+
+def test_where_something_else_than_memory_is_missing_waiting_is_no_help() -> None:
+    error = vattn.OutOfMemoryError("too many mappings")
+    assert not error.waiting_can_help

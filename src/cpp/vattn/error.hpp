@@ -40,7 +40,9 @@ class VATTN_API OutOfMemoryError : public Error {
   std::uint64_t held_by_others_bytes;
 
   /// False: not even all of the others' memory would do, so the call has to ask for less, or the limit has to rise.
-  [[nodiscard]] bool waiting_can_help() const noexcept { return needed_bytes <= available_bytes + held_by_others_bytes; }
+  [[nodiscard]] bool waiting_can_help() const noexcept {
+    return needed_bytes != 0 && needed_bytes <= available_bytes + held_by_others_bytes;
+  }
 };
 
 /// Every slot is taken.

@@ -148,7 +148,7 @@ typedef struct vattn_error_info {
   uint64_t available_bytes;     /* VATTN_OUT_OF_MEMORY: what it could have had */
   uint64_t limit_bytes;         /* VATTN_OUT_OF_MEMORY: the bound that said no */
   /* VATTN_OUT_OF_MEMORY: what the call could have besides, once all others gave their memory up. Waiting for them can help
-   * where needed_bytes <= available_bytes + held_by_others_bytes. */
+   * where needed_bytes is not 0 and at most available_bytes + held_by_others_bytes. */
   uint64_t held_by_others_bytes;
 } vattn_error_info;
 

@@ -24,7 +24,9 @@ Rows KVCache::rows(std::span<const std::int64_t> slots) const {
 }
 
 void KVCache::check_rows(const Rows& rows) const {
-  if (rows.cache_ != this) throw std::invalid_argument("rows were made by another cache: use cache.rows(slots) of this one");
+  const auto is_here = [this](std::int64_t slot) { return slot < slots_.size(); };
+  if (rows.cache_ != this || !std::all_of(rows.slots_.begin(), rows.slots_.end(), is_here))
+    throw std::invalid_argument("rows were made by another cache: use cache.rows(slots) of this one");
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (rows.generations_[i] == slots_.generation(rows.slots_[i])) continue;
     throw std::invalid_argument("rows: slot " + std::to_string(rows.slots_[i]) +

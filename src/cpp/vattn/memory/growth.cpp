@@ -419,9 +419,8 @@ void Growth::undo_counts(bool keep_created) noexcept {
   }
   set_busy(false);
   runs_.clear();
-  if (ahead_only_) return;
-  PagePool::wake(holder_);  // what was at work here is not any more
-  pool_.wake_lacking();     // and pages came back
+  pool_.wake_lacking();  // pages came back
+  if (!ahead_only_) PagePool::wake(holder_);  // and what was at work here is not any more
 }
 
 void Growth::release_spare() noexcept {

@@ -78,6 +78,8 @@ void Mapper::run() noexcept {
       continue;
     }
     if (holder_.woken && !failed_) continue;
+    // Room that was kept for this holder, which turned out to lack nothing, is the next one's.
+    if (!failed_ && holder_.lacks == 0) pool_.wake_lacking();
     holder_.resting = true;
     pool_.idle_.notify_all();
     const auto ready = [&] { return holder_.woken || holder_.stopping; };

@@ -11,6 +11,8 @@ namespace vattn::host {
 namespace {
 
 constexpr std::uint64_t kUnlimited = std::numeric_limits<std::uint64_t>::max();
+/// Version 1 has no word for "none": it says the largest signed number, rounded down to a page.
+constexpr std::uint64_t kNoLimitOfVersion1 = std::uint64_t{1} << 62;
 constexpr std::uint64_t kMaxReserve = std::uint64_t{256} << 20;
 
 /// The number in a file that holds one; the largest for "max" or when there is no such file.
@@ -87,6 +89,7 @@ Cgroups::Bound Cgroups::read(const Group& group) const {
       bound.limit = high;
     }
   }
+  if (bound.limit >= kNoLimitOfVersion1) bound.limit = kUnlimited;
   if (bound.limit == kUnlimited) return bound;
   const std::uint64_t usage = read_limit(group.folder + (group.unified ? "/memory.current" : "/memory.usage_in_bytes"));
   const std::uint64_t used = usage == kUnlimited ? 0 : usage;

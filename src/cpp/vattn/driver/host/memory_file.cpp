@@ -128,6 +128,10 @@ void MemoryFile::empty() noexcept {
 
 void MemoryFile::clear(std::uint64_t offset, std::size_t size) const {
   if (gives_back_) return punch(offset, size);
+  // Behind the end there is nothing to clear, and a write there could meet RLIMIT_FSIZE, whose signal ends the process.
+  const std::uint64_t end = end_.load(std::memory_order_relaxed);
+  size = end > offset ? static_cast<std::size_t>(std::min<std::uint64_t>(size, end - offset)) : 0;
+  if (size == 0) return;
   const std::vector<char> zeros(std::min(size, kPiece));
   for (std::size_t done = 0; done < size;) {
     const std::size_t wanted = std::min(zeros.size(), size - done);
