@@ -77,7 +77,7 @@ def _pickler(otherwise: Reducer) -> Reducer:
 
 def _sender(otherwise: Reducer) -> Reducer:
     def reduce(tensor: Any) -> Any:
-        if not _is_vattns(tensor) or (tensor.requires_grad and not tensor.is_leaf):  # the latter torch refuses
+        if not is_vattns(tensor) or (tensor.requires_grad and not tensor.is_leaf):  # the latter torch refuses
             return otherwise(tensor)
         clone = _clone(tensor)
         child = context.get_spawning_popen()
@@ -98,7 +98,7 @@ def _deepcopy(tensor: Any, memo: dict[int, Any]) -> Any:
     return clone
 
 
-def _is_vattns(tensor: Any) -> bool:
+def is_vattns(tensor: Any) -> bool:
     try:
         return _core.owns(tensor.untyped_storage().data_ptr())
     except RuntimeError:  # no storage, or none with an address: a sparse tensor, one inside of a functional transform
@@ -106,7 +106,7 @@ def _is_vattns(tensor: Any) -> bool:
 
 
 def _shows_less_than_it_spans(tensor: Any) -> bool:
-    if not _is_vattns(tensor):
+    if not is_vattns(tensor):
         return False
     return int(_shown_once(tensor).nbytes) < int(tensor.untyped_storage().nbytes())
 

@@ -248,3 +248,49 @@ def test_a_closed_layer_takes_nothing():
     cache.close()
     with pytest.raises(vattn.ClosedError):
         cache.layers[0].keys = torch.zeros(1, 2, 4, 8)
+
+
+def test_a_view_of_memory_that_was_edited_since_is_refused():
+    _, _, cache = both(lambda layer: None)
+    first, second = cache.layers[0], cache.layers[1]
+    old = first.keys
+    first.keys = torch.zeros_like(old)
+    with pytest.raises(ValueError, match="a clone"):
+        first.keys = old
+    kept = second.keys
+    second.crop(-3)
+    with pytest.raises(ValueError, match="a clone"):
+        second.keys = kept
+    assert [layer.get_seq_length() for layer in (first, second)] == [40, 37]
+
+
+def test_layers_cannot_be_swapped_through_views_of_each_other():
+    _, _, cache = both(lambda layer: None)
+    first, second = cache.layers[0], cache.layers[1]
+    with pytest.raises(ValueError, match="a clone"):
+        first.keys, second.keys = second.keys, first.keys
+
+
+def test_a_view_of_an_older_step_can_be_assigned_while_nothing_was_edited():
+    model, plain, cache = both(lambda layer: None)
+    before = [[(layer.keys, layer.values) for layer in one.layers] for one in (plain, cache)]
+    for one in (plain, cache):
+        step(model, one, prompt(length=1, seed=4))
+    for one, pairs in zip((plain, cache), before, strict=True):
+        for layer, (keys, values) in zip(one.layers, pairs, strict=True):
+            layer.keys, layer.values = keys, values
+    assert_agree(plain, cache)
+
+
+def test_a_conversations_old_view_cannot_bring_another_ones_tokens():
+    pool = VattnCache.pool(model_of("llama").config, 64)
+    mine, other = pool.new(), pool.new()
+    keys = torch.randn(1, 2, 5, 8)
+    for layer in range(3):
+        mine.update(keys, keys, layer)
+    snapshot = mine.layers[0].keys
+    mine.reset()
+    for layer in range(3):
+        other.update(keys + 1, keys + 1, layer)
+    with pytest.raises(ValueError, match="a clone"):
+        mine.layers[0].keys = snapshot

@@ -67,8 +67,21 @@ def test_two_dtypes_are_held_in_the_one_that_torch_cat_would_make():
         assert torch.equal(got[1], values.float())
     assert len(cache.kv_caches) == 1
     with pytest.raises(ValueError, match=r"do not fit"):
-        cache.update(keys, values.half(), 0)
+        cache.update(keys, values.double(), 0)
     assert cache.get_seq_length() == 4
+
+
+def test_autocast_that_is_switched_on_in_between_is_promoted_as_in_dynamic_cache():
+    model = model_of("llama")
+    logits = []
+    for cache in (dynamic_cache(model), vattn_cache(model)):
+        with torch.no_grad():
+            model(prompt(length=11), **cache_argument(cache))
+            with torch.autocast("cpu", torch.bfloat16):
+                for token in prompt(length=4, seed=5).split(1, dim=1):
+                    got = model(token, **cache_argument(cache)).logits
+        logits.append(got)
+    assert torch.equal(*logits)
 
 
 def test_training_under_autocast_has_the_gradients_of_dynamic_cache():

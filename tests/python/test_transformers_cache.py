@@ -379,7 +379,7 @@ def test_another_batch_size_needs_a_reset():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"heads": 1}, {"heads": 4}, {"dim": 1}, {"dim": 16}, {"dtype": torch.float64}, {"dtype": torch.bfloat16}],
+    [{"heads": 1}, {"heads": 4}, {"dim": 1}, {"dim": 16}, {"dtype": torch.float64}, {"dtype": torch.complex64}],
 )
 def test_states_of_another_shape_or_dtype_are_refused(wrong):
     # Some of these would broadcast or convert in silence.
@@ -461,3 +461,16 @@ def test_another_transformers_release_is_refused(version):
     said = import_with(source)
     assert version in said
     assert ">= 5.17, < 6" in said
+
+
+def test_rows_move_outside_inference_mode_after_a_crop_inside_it():
+    cache = vattn_cache(model_of("llama"), rows=2)
+    keys = torch.randn(2, 2, 5, 8)
+    with torch.inference_mode():
+        for layer in range(3):
+            cache.update(keys, keys, layer)
+        cache.crop(-1)
+        twin = copy.deepcopy(cache)
+    for one in (cache, twin):
+        one.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(one.layers[0].keys, keys[[1, 0], :, :4])

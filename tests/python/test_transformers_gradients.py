@@ -153,3 +153,43 @@ def test_memory_and_graph_hold_the_same_tokens():
         kept = [layer.keys.clone() for layer in cache.layers]
         model(prompt(length=1), **cache_argument(cache))
     assert all(torch.equal(layer.keys[:, :, :9], keys) for layer, keys in zip(cache.layers, kept, strict=True))
+
+
+@pytest.mark.parametrize("afterwards", ["reset", "crop", "reorder", "drop"])
+def test_queries_that_train_alone_have_the_gradient_of_dynamic_cache_whatever_the_cache_does_next(afterwards):
+    """Keys and values are frozen, as with LoRA on q_proj: the graph then keeps what the cache handed out."""
+    gradients = []
+    for make in (dynamic_cache, vattn_cache):
+        model = copy.deepcopy(model_of("llama")).requires_grad_(False)
+        weight = model.model.layers[1].self_attn.q_proj.weight.requires_grad_()
+        cache = make(model) if make is dynamic_cache else vattn_cache(model, rows=2)
+        loss = model(prompt(2, 10), **cache_argument(cache)).logits.square().mean()
+        loss = loss + model(prompt(2, 3, seed=2), **cache_argument(cache)).logits.square().mean()
+        if afterwards == "reset":
+            cache.reset() if make is vattn_cache else None
+        elif afterwards == "crop":
+            cache.crop(-6)
+        elif afterwards == "reorder":
+            cache.reorder_cache(torch.tensor([1, 0]))
+        else:
+            del cache
+            cache = vattn_cache(model, rows=2)
+        with torch.no_grad():
+            model(prompt(2, 6, seed=9), **cache_argument(cache))
+        loss.backward()
+        gradients.append(weight.grad)
+    assert_same([(gradients[1], gradients[0])])
+
+
+def test_a_refused_step_without_autograd_leaves_the_history_of_every_layer():
+    cache = vattn_cache(model_of("llama"))
+    learned = torch.randn(1, 2, 5, 8, requires_grad=True)
+    for layer in range(3):
+        cache.update(learned * 1, learned * 1, layer)
+    token, two_rows = torch.randn(1, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    with torch.no_grad():
+        cache.update(token, token, 0)
+        with pytest.raises(ValueError, match="do not fit"):
+            cache.update(two_rows, two_rows, 1)
+    assert [layer.keys.requires_grad for layer in cache.layers] == [True] * 3
+    assert [layer.get_seq_length() for layer in cache.layers] == [5] * 3

@@ -260,3 +260,26 @@ def test_a_fork_and_a_retry_do_not_disturb_each_other():
         step(model, twin, prompt(length=300))
     for one in (twin, cache):
         assert torch.equal(step(model, one, ids[:, 30:]), step(model, copy.deepcopy(plain), ids[:, 30:]))
+
+
+def test_a_call_that_is_no_step_leaves_the_step_before_it_alone():
+    cache = vattn_cache(model_of("llama"))
+    keys = torch.randn(1, 2, 5, 8)
+    for layer in range(3):
+        cache.update(keys, keys, layer)
+    for wrong in (None, keys[0]):
+        with pytest.raises((AttributeError, ValueError)):
+            cache.update(wrong, wrong, 0)
+        assert [layer.get_seq_length() for layer in cache.layers] == [5, 5, 5]
+
+
+def test_a_first_step_that_was_refused_may_be_tried_in_another_dtype():
+    cache = vattn_cache(model_of("llama"))
+    keys = torch.randn(1, 2, 5, 8)
+    cache.update(keys, keys, 0)
+    with pytest.raises(ValueError, match="the same heads"):
+        cache.update(keys, keys[:, :1], 1)
+    half = keys.half()
+    for layer in range(3):
+        cache.update(half, half, layer)
+    assert cache.layers[0].keys.dtype == torch.float16

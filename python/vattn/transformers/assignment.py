@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import vattn
+from vattn._pickling import is_vattns
 
 if TYPE_CHECKING:
     from vattn.transformers.layer import VattnLayer
@@ -91,6 +92,7 @@ def _check(layer: VattnLayer, name: str, tensor: Any) -> None:
         raise TypeError(f"layer.{name} = {type(tensor).__name__}: give a tensor (rows, heads, tokens, dim) or None")
     if tensor.dim() != 4 or not tensor.shape[0]:
         raise ValueError(f"layer.{name} = {_shown(tensor)}: it must be (rows, heads, tokens, dim), one row at least")
+    _check_current(layer, name, tensor)
     if layer.group is None or not layer.is_initialized:
         return
     shape = layer.group.shape
@@ -106,6 +108,23 @@ def _check(layer: VattnLayer, name: str, tensor: Any) -> None:
             f"{shape.device}; use DynamicCache to change those"
         )
     layer.memory.limits.check(tensor.shape[0], tensor.shape[2])
+
+
+def _check_current(layer: VattnLayer, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a view of vattn memory that no layer of the cache holds now: it may show other tokens by now."""
+    if not tensor.numel() or not is_vattns(tensor):
+        return
+    held = {id(_root(one)) for other in layer.memory.layers for one in (other._keys, other._values) if one is not None}
+    if id(_root(tensor)) not in held:
+        raise ValueError(
+            f"layer.{name} = a view of memory that was edited, or reused, since the view was made: assign a clone() "
+            "that was made before"
+        )
+
+
+def _root(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that `tensor` is a view of."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _extent(tensor: torch.Tensor | None) -> tuple[int, int]:

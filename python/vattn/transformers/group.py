@@ -147,7 +147,8 @@ class LayerGroup:
 
 
 def _views(lease: Lease, index: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values = lease.cache.batch(index, lease.slots[:rows], length)
+    with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
+        keys, values = lease.cache.batch(index, lease.slots[:rows], length)
     assert values is not None  # no layer without values gets here: Shape.of
     return keys.transpose(1, 2), values.transpose(1, 2)
 

@@ -48,7 +48,7 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.rows = 0
         self.length = 0
         self.step: Step | None = None  # in which it moved last, and what it held before
-        self.before = (0, 0)
+        self.before: tuple[int, int, Pair | None] = (0, 0, None)
         self._dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)  # of the keys and values given
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
@@ -91,8 +91,10 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add tokens, (rows, heads, n, dim), and return views of all of them, (rows, heads, tokens, dim).
 
-        The views are valid until the cache is cropped, reset, reordered or closed. Where tokens take part in autograd
-        the tensors are copies with their whole history, as DynamicCache's are, and gradients reach every token.
+        The views are valid until the cache is cropped, reset, reordered or closed. With autograd on, the tensors are
+        copies, as DynamicCache's are: gradients reach every token, and a graph that keeps them (the queries may train
+        where the keys do not) is not disturbed by what the cache does next. Tokens in another dtype are converted where
+        torch.cat would give what the layer holds.
 
         A refusal puts all layers of the cache back to where they were when the step began. Raises ValueError for a
         batch over `max_batch_size`, a length over `max_seq_len`, or tensors that do not fit what the layer holds;
@@ -102,12 +104,12 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             return self._update_in_graph(key_states, value_states)
         steps = self.memory.steps
         try:
+            if steps.current is not None and self.step is steps.current:
+                steps.end()  # this layer comes round again: what that step moved stays, whatever becomes of this one
             rows, _, count, _ = key_states.shape
             if not rows and not self.length and not self.memory.is_closed:
                 return key_states, value_states  # as DynamicCache: a batch of no rows attends over itself
-            step = steps.current
-            if step is None or self.step is step:
-                step = steps.begin(rows, count)
+            step = steps.current or steps.begin(rows, count)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             group = self.group
@@ -118,7 +120,7 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             if not (
                 key_states.shape == (rows, heads, count, k_dim)
                 and value_states.shape == (rows, heads, count, v_dim)
-                and (key_states.dtype, value_states.dtype) == self._dtypes
+                and ((key_states.dtype, value_states.dtype) == self._dtypes or self._takes(key_states, value_states))
                 and key_states.device == device == value_states.device
                 and (rows == self.rows or start == 0)
                 and self._half is None
@@ -126,15 +128,16 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 self.refuse(_described(key_states, value_states))  # copy_ would convert or broadcast in silence
             if rows > group.rows or length > group.length:
                 group.make_room(rows, length)
-            keys, values = self._write(key_states, value_states, rows, start, length)
+            graph = self._graph
+            held, given = self._write(key_states, value_states, rows, start, length)
         except BaseException:
             steps.put_back()
             self.is_initialized = self.is_initialized and self.length > 0  # tokens of another shape may come
             raise
-        self.step, self.before = step, (self.rows, start)
+        self.step, self.before = step, (self.rows, start, None if self._graph is not None else graph)
         self.rows, self.length = rows, length
-        self._keys, self._values = keys, values
-        return keys, values
+        self._keys, self._values = held
+        return given
 
     def _update_in_graph(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
         """`update` as torch.compile traces it: see compiled.py."""
@@ -143,35 +146,41 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             keys, values = _plain_update(self, key_states, value_states)
             return keys, values
         if self.length == 0 or self._keys is None or self._values is None:
-            keys, values = fill(key_states, value_states, self._name)
+            keys, values = fill(key_states, value_states, self._name)  # copies
             return keys, values
         length = self.length + key_states.shape[2]
         keys, values = extend(key_states, value_states, self._name, self._keys, self._values, length)
         # The operator has done this already; the graph must know it, and must not take the memory for its own.
         self.length, self._keys, self._values = length, keys, values
-        return keys, values
+        return (keys.clone(), values.clone()) if torch.is_grad_enabled() else (keys, values)
 
-    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int, start: int, length: int) -> Pair:
-        """Put the tokens `start` to `length` in their place; what the layer holds with them, without holding it yet."""
-        if torch.is_grad_enabled():
-            assert self.group is not None
-            # Views of nothing else, so that a graph that keeps them is not disturbed by the tokens that follow.
-            keys, values = self.group.views(self.index, rows, length)
-            if key_states.requires_grad or value_states.requires_grad or self._graph is not None:
-                self._graph, held = self._joined(key_states, value_states, start), (keys, values)
-                with torch.no_grad():
-                    held[0].narrow(2, start, length - start).copy_(key_states)
-                    held[1].narrow(2, start, length - start).copy_(value_states)
-                return self._graph
-        else:
-            if rows != self._room_rows or length > self._room_length:
-                self._open_room(rows, length)
-            key_room, value_room = self._room
-            keys, values = key_room.narrow(2, 0, length), value_room.narrow(2, 0, length)
-            self._graph = None  # as torch.cat without a graph
-        keys.narrow(2, start, length - start).copy_(key_states)
-        values.narrow(2, start, length - start).copy_(value_states)
-        return keys, values
+    def _takes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether torch.cat would give the dtype that is held, as where autocast is switched on in between."""
+        assert self.group is not None
+        held = self.group.shape.dtype
+        return all(torch.promote_types(tensor.dtype, held) == held for tensor in (key_states, value_states))
+
+    def _write(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int, start: int, length: int
+    ) -> tuple[Pair, Pair]:
+        """Put the tokens `start` to `length` in their place. What the layer holds with them, without holding it yet,
+        and what the model is given of it."""
+        if rows != self._room_rows or length > self._room_length:
+            self._open_room(rows, length)
+        key_room, value_room = self._room
+        views = key_room.narrow(2, 0, length), value_room.narrow(2, 0, length)
+        with_graph = torch.is_grad_enabled()
+        takes_part = with_graph and (key_states.requires_grad or value_states.requires_grad or self._graph is not None)
+        graph = self._joined(key_states, value_states, start) if takes_part else None
+        with torch.no_grad():
+            views[0].narrow(2, start, length - start).copy_(key_states)
+            views[1].narrow(2, start, length - start).copy_(value_states)
+        self._graph = graph  # none without autograd, as torch.cat
+        if graph is not None:
+            return graph, graph
+        # A graph may keep what it is given, for the sake of the queries' gradient, and autograd does not see what is
+        # written into this memory through other views.
+        return views, (views[0].clone(), views[1].clone()) if with_graph else views
 
     def _joined(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int) -> Pair:
         """All keys and all values as DynamicCache has them: copies that carry the history of every token."""
@@ -183,19 +192,21 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def put_back(self) -> None:
         """Hold what was held before the step."""
-        self.rows, self.length = self.before
+        self.rows, self.length, graph = self.before
         self.step = None
+        self.is_initialized = self.is_initialized and self.length > 0  # tokens of another shape may come
         if self._graph is not None:
             keys, values = self._graph
             self._graph = (keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length))
+        else:
+            self._graph = graph
         self.refresh()
 
     def _open_room(self, rows: int, length: int) -> None:
         """Views that reach to the end of the last page, to be narrowed token by token: far cheaper than new ones."""
         assert self.group is not None
         length = self.group.reach(rows, length)
-        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
-            self._room = self.group.views(self.index, rows, length)
+        self._room = self.group.views(self.index, rows, length)
         self._room_rows, self._room_length = rows, length
 
     def _close_room(self) -> None:
