@@ -159,21 +159,33 @@ void PagePool::wake(Holder& holder) noexcept {
 void PagePool::wake_lacking() noexcept {
   const std::uint64_t budget = limit_pages() > created_ ? limit_pages() - created_ : 0;
   std::uint64_t room = pooled_.size() + budget;
-  for (Holder* holder : lacking_) {
-    if (room == 0) return;
-    if (holder->lacks == 0 || holder->lacks > room) continue;
-    room -= std::exchange(holder->lacks, 0);
-    wake(*holder);
-  }
-  std::erase_if(lacking_, [](Holder* holder) {
-    if (holder->lacks != 0) return false;
+  if (room < least_lacking_) return;
+  // As far as there is room; what was served on the way leaves the list.
+  std::uint64_t least = UINT64_MAX;
+  const auto has_left = [&](Holder* holder) {
+    if (holder->lacks > room) {
+      least = std::min(least, holder->lacks);
+      return false;
+    }
+    if (holder->lacks != 0) {
+      room -= std::exchange(holder->lacks, 0);
+      wake(*holder);
+    }
     holder->listed = false;
     return true;
-  });
+  };
+  auto stop = lacking_.begin();
+  auto kept = lacking_.begin();
+  for (; stop != lacking_.end() && room != 0; ++stop) {
+    if (!has_left(*stop)) *kept++ = *stop;
+  }
+  least_lacking_ = stop == lacking_.end() ? least : 1;
+  lacking_.erase(kept, stop);
 }
 
 void PagePool::note_lacking(Holder& holder, std::uint64_t pages) noexcept {
   holder.lacks = pages;
+  least_lacking_ = std::min(least_lacking_, pages);
   if (std::exchange(holder.listed, true)) return;
   lacking_.push_back(&holder);  // there is room for every holder since it joined
 }

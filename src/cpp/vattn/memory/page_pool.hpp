@@ -226,7 +226,8 @@ class VATTN_API PagePool {
   std::uint64_t clock_ = 0;
   std::uint64_t joined_ = 0;
   std::vector<Holder*> holders_;
-  std::vector<Holder*> lacking_;  ///< holders whose mapper found too few pages, and some that lack none any more
+  std::vector<Holder*> lacking_;              ///< holders whose mapper found too few pages, and some that lack none any more
+  std::uint64_t least_lacking_ = UINT64_MAX;  ///< none of them lacks fewer: spares looking through the list in vain
   bool settling_ = false;
   bool closed_ = false;
 };
