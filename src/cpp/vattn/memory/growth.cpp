@@ -419,7 +419,7 @@ void Growth::undo_counts(bool keep_created) noexcept {
   }
   set_busy(false);
   runs_.clear();
-  pool_.wake_lacking();  // pages came back
+  pool_.wake_lacking();                       // pages came back
   if (!ahead_only_) PagePool::wake(holder_);  // and what was at work here is not any more
 }
 
