@@ -45,6 +45,7 @@ class EncoderDecoderVattnCache(VattnCache, EncoderDecoderCache):
 
     # Both halves: the decoder's first, since it is the one that may refuse.
     crop = EncoderDecoderCache.crop
+    # VattnCache's has types, transformers' has none.
     reorder_cache = EncoderDecoderCache.reorder_cache  # type: ignore[assignment]
     batch_repeat_interleave = EncoderDecoderCache.batch_repeat_interleave
     batch_select_indices = EncoderDecoderCache.batch_select_indices

@@ -394,6 +394,7 @@ class VattnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         )
 
 
+# The decorator, as transformers' classes and methods elsewhere, has no types.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _plain_update(layer: VattnLayer, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
     """`update` outside of the graph."""

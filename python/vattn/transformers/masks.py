@@ -37,6 +37,7 @@ def attention_mask(
     if mask is not None and mask.device.type == "cpu" and mask.shape[1:3] == (1, 1):
         spans = _spans(mask[:, 0, 0])
         if spans is not None:
+            # A tensor takes attributes; its type does not say so.
             mask.vattn_spans = spans  # type: ignore[attr-defined]
     return mask
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vattn.transformers.memory import CacheMemory
 
 
+# transformers' class has no types, and the signatures of the two differ: each method is chosen below.
 class VattnHybridLayer(LinearAttentionLayer, VattnLayer):  # type: ignore[no-untyped-call,misc,override]
     """Attention in vattn memory and a state-space mixer in one layer."""
 
@@ -71,6 +72,7 @@ class VattnHybridLayer(LinearAttentionLayer, VattnLayer):  # type: ignore[no-unt
     offload = prefetch = VattnLayer.offload
 
 
+# transformers' class has no types.
 class VattnIndexedLayer(DynamicIndexedLayer, VattnLayer):  # type: ignore[no-untyped-call]
     """Attention in vattn memory and the keys of an indexer, (rows, tokens, dim), in a layer."""
 

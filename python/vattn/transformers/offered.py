@@ -85,6 +85,7 @@ def watch(name: str) -> None:
                 _raise(refusal(model, name))
         return switch(self, attn_implementation, *args, **kwargs)
 
+    # A function takes attributes; its type does not say so.
     set_attn_implementation.vattn_watches = name  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]

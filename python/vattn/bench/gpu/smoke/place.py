@@ -17,6 +17,7 @@ import vattn
 from vattn.bench.gpu.libcuda import Libcuda
 
 
+# N818 wants a name that ends in Error: it is none.
 class Skipped(Exception):  # noqa: N818
     """An outcome, no error: a check, or a part of one, cannot run here; the reason."""
 
@@ -129,6 +130,7 @@ class FakePlace(Place):
             made.append(plain(*arguments, **{**options, "device": self.device}))
             return made[-1]
 
+        # Types do not allow a class to be replaced; the check that runs meanwhile makes its caches by this name.
         vattn.KVCache = make  # type: ignore[assignment,misc]
         try:
             yield
