@@ -5,8 +5,11 @@
 #include <dirent.h>
 #include <sys/resource.h>
 
+#include <condition_variable>
 #include <cstring>
 #include <fstream>
+#include <mutex>
+#include <thread>
 
 #include "drivers_under_test.hpp"
 #include "vattn/kv/kv_cache.hpp"
@@ -141,6 +144,67 @@ TEST_P(MapperTest, AFailureInTheThreadChangesNothingAndIsTriedAgain) {
     while (cache->committed_len(0) < 128 + 100) std::this_thread::yield();  // with no step to wake it
     cache->step({{0, 129}});
     cache->close();
+  }
+}
+
+/// Holds the next map until it is let go, and then fails it and every release of the same attempt.
+class HeldFailure final : public Decorator {
+ public:
+  using Decorator::Decorator;
+
+  void arm() {
+    const std::lock_guard lock(mutex_);
+    state_ = State::kArmed;
+  }
+  void await_map() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return state_ == State::kHeld; });
+  }
+  void let_fail() {
+    const std::lock_guard lock(mutex_);
+    state_ = State::kFailing;
+    changed_.notify_all();
+  }
+
+ protected:
+  void before(Verb verb) override {
+    std::unique_lock lock(mutex_);
+    if (verb == Verb::kMap && state_ == State::kArmed) {
+      state_ = State::kHeld;
+      changed_.notify_all();
+      changed_.wait(lock, [&] { return state_ == State::kFailing; });
+      mapper_ = std::this_thread::get_id();
+      throw DriverError("map", 999, "CUDA_ERROR_UNKNOWN", "failed on purpose");
+    }
+    if (verb != Verb::kRelease || state_ != State::kFailing || std::this_thread::get_id() != mapper_) return;
+    if (++refused_ == kPages) state_ = State::kDone;
+    throw DriverError("release", 999, "CUDA_ERROR_UNKNOWN", "failed on purpose");
+  }
+
+ private:
+  static constexpr int kPages = 4;  // of one page a tensor
+  enum class State { kDone, kArmed, kHeld, kFailing };
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  State state_ = State::kDone;
+  std::thread::id mapper_;
+  int refused_ = 0;
+};
+
+TEST_P(MapperTest, ALimitLoweredDuringAnAttemptThatFailsHoldsOnceItHasSettled) {
+  const auto held = std::make_shared<HeldFailure>(driver_.counts);
+  {
+    KVCache cache(config_, Device{}, held);
+    cache.alloc();
+    cache.step({{0, 1}});
+    cache.settle();
+    held->arm();
+    cache.step({{0, 64}});  // needs nothing new; the mapper does
+    held->await_map();
+    cache.set_memory_limit(static_cast<std::int64_t>(pages(kTensors)));
+    held->let_fail();
+    cache.settle();
+    EXPECT_EQ(cache.stats().created_bytes, pages(kTensors)) << "what could not be released at first";
   }
 }
 

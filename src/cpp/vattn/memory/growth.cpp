@@ -419,8 +419,9 @@ void Growth::undo_counts(bool keep_created) noexcept {
   }
   set_busy(false);
   runs_.clear();
-  pool_.wake_lacking();                       // pages came back
-  if (!ahead_only_) PagePool::wake(holder_);  // and what was at work here is not any more
+  pool_.wake_lacking();  // pages came back
+  // What was at work here is not any more, and pages that could not be released are to go when they are above the limit.
+  if (!ahead_only_ || pool_.created_ > pool_.limit_pages()) PagePool::wake(holder_);
 }
 
 void Growth::release_spare() noexcept {

@@ -80,7 +80,8 @@ void Mapper::run() noexcept {
     if (holder_.woken && !failed_) continue;
     // Room that was kept for this holder, which turned out to lack nothing, is the next one's.
     if (!failed_ && holder_.lacks == 0) pool_.wake_lacking();
-    holder_.resting = true;
+    // Who asked while the attempt that failed was under way is owed another: settle() waits for that one too.
+    holder_.resting = !holder_.woken;
     pool_.idle_.notify_all();
     const auto ready = [&] { return holder_.woken || holder_.stopping; };
     if (failed_) {
