@@ -147,8 +147,8 @@ TEST_P(MapperTest, AFailureInTheThreadChangesNothingAndIsTriedAgain) {
   }
 }
 
-/// Holds the next map until it is let go, and then fails it and every release of the same attempt.
-class HeldFailure final : public Decorator {
+/// Holds the next map until it is let go. Then it succeeds, or fails with every release of the same attempt.
+class HeldMap final : public Decorator {
  public:
   using Decorator::Decorator;
 
@@ -160,11 +160,8 @@ class HeldFailure final : public Decorator {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return state_ == State::kHeld; });
   }
-  void let_fail() {
-    const std::lock_guard lock(mutex_);
-    state_ = State::kFailing;
-    changed_.notify_all();
-  }
+  void let_go() { change(State::kDone); }
+  void let_fail() { change(State::kFailing); }
 
  protected:
   void before(Verb verb) override {
@@ -172,9 +169,9 @@ class HeldFailure final : public Decorator {
     if (verb == Verb::kMap && state_ == State::kArmed) {
       state_ = State::kHeld;
       changed_.notify_all();
-      changed_.wait(lock, [&] { return state_ == State::kFailing; });
+      changed_.wait(lock, [&] { return state_ != State::kHeld; });
       mapper_ = std::this_thread::get_id();
-      throw DriverError("map", 999, "CUDA_ERROR_UNKNOWN", "failed on purpose");
+      if (state_ == State::kFailing) throw DriverError("map", 999, "CUDA_ERROR_UNKNOWN", "failed on purpose");
     }
     if (verb != Verb::kRelease || state_ != State::kFailing || std::this_thread::get_id() != mapper_) return;
     if (++refused_ == kPages) state_ = State::kDone;
@@ -184,6 +181,13 @@ class HeldFailure final : public Decorator {
  private:
   static constexpr int kPages = 4;  // of one page a tensor
   enum class State { kDone, kArmed, kHeld, kFailing };
+
+  void change(State state) {
+    const std::lock_guard lock(mutex_);
+    state_ = state;
+    changed_.notify_all();
+  }
+
   std::mutex mutex_;
   std::condition_variable changed_;
   State state_ = State::kDone;
@@ -192,20 +196,37 @@ class HeldFailure final : public Decorator {
 };
 
 TEST_P(MapperTest, ALimitLoweredDuringAnAttemptThatFailsHoldsOnceItHasSettled) {
-  const auto held = std::make_shared<HeldFailure>(driver_.counts);
-  {
-    KVCache cache(config_, Device{}, held);
-    cache.alloc();
-    cache.step({{0, 1}});
-    cache.settle();
-    held->arm();
-    cache.step({{0, 64}});  // needs nothing new; the mapper does
-    held->await_map();
-    cache.set_memory_limit(static_cast<std::int64_t>(pages(kTensors)));
-    held->let_fail();
-    cache.settle();
-    EXPECT_EQ(cache.stats().created_bytes, pages(kTensors)) << "what could not be released at first";
-  }
+  const auto held = std::make_shared<HeldMap>(driver_.counts);
+  KVCache cache(config_, Device{}, held);
+  cache.alloc();
+  cache.step({{0, 1}});
+  cache.settle();
+  held->arm();
+  cache.step({{0, 64}});  // needs nothing new; the mapper does
+  held->await_map();
+  cache.set_memory_limit(static_cast<std::int64_t>(pages(kTensors)));
+  held->let_fail();
+  cache.settle();
+  EXPECT_EQ(cache.stats().created_bytes, pages(kTensors)) << "what could not be released at first";
+}
+
+TEST_P(MapperTest, ALimitLoweredWhileAStepWaitsThatIsThenRefusedHoldsOnceItHasSettled) {
+  const auto held = std::make_shared<HeldMap>(driver_.counts);
+  const auto pool = PagePool::make(Device{}, held, driver_.counts->traits().default_page_size, pages(64));
+  KVCache cache(config_, pool);
+  cache.alloc();
+  cache.step({{0, 1}});
+  cache.settle();
+  held->arm();
+  cache.step({{0, 64}});
+  held->await_map();
+  std::thread refused([&] { EXPECT_THROW(cache.step({{0, 10 * 64}}), OutOfMemoryError); });
+  while (pool->stats().reclaimable_bytes != 0) std::this_thread::yield();  // it counts on the look-ahead, and waits for the map
+  pool->set_memory_limit(static_cast<std::int64_t>(pages(kTensors)));
+  held->let_go();
+  refused.join();
+  cache.settle();
+  EXPECT_EQ(pool->stats().created_bytes, pages(kTensors)) << "what the step did not get is look-ahead again";
 }
 
 TEST_P(MapperTest, WithoutLookAheadThereIsNoThread) {

@@ -18,8 +18,7 @@ Growth::Outcome Growth::commit(const char* call, const char* way_out) {
     try {
       obtain(lock, may_create, call, way_out);
     } catch (...) {
-      unpromise();
-      release_spare();
+      withdraw(lock);
       throw;
     }
     if (runs_.empty() && dirty_.empty()) break;
@@ -42,8 +41,7 @@ Growth::Outcome Growth::commit(const char* call, const char* way_out) {
         const std::uint64_t spare = is_memory ? pool_.pooled_.size() + pool_.total_excess() + pool_.ahead_transit_ : 0;
         const std::uint64_t available = spare * page + error.available_bytes;
         const std::uint64_t others = is_memory ? pool_.held_by_others(own_, available / page) * page : 0;
-        unpromise();
-        release_spare();
+        withdraw(lock);
         throw OutOfMemoryError(std::string(call) + ": " + std::to_string(needed) +
                                    " bytes more are needed and were not to be had; " +
                                    PagePool::words_on_waiting(needed, available, others) + "; nothing changed. " + error.what(),
@@ -52,8 +50,7 @@ Growth::Outcome Growth::commit(const char* call, const char* way_out) {
       may_create = false;
     } catch (...) {
       undo(lock, false);
-      unpromise();
-      release_spare();
+      withdraw(lock);
       throw;
     }
   }
@@ -115,6 +112,16 @@ void Growth::unpromise() noexcept {
     holder_.group(entry.group).held = entry.held_before;
     holder_.update(entry.group);
   }
+}
+
+void Growth::withdraw(std::unique_lock<std::mutex>& lock) noexcept {
+  unpromise();
+  release_spare();
+  // What it counted on is anybody's again. Above a limit that was lowered meanwhile it goes now, or once its fences have
+  // passed.
+  PagePool::Losses losses;
+  pool_.settle(lock, losses);
+  if (pool_.created_ > pool_.limit_pages()) PagePool::wake(holder_);
 }
 
 void Growth::plan() {

@@ -74,6 +74,8 @@ class VATTN_API Growth {
   // With the pool's lock.
   void promise() noexcept;
   void unpromise() noexcept;
+  /// Of a growth that failed: nothing is promised that was not before.
+  void withdraw(std::unique_lock<std::mutex>& lock) noexcept;
   void plan();
   [[nodiscard]] bool any_busy() const noexcept;
   void obtain(std::unique_lock<std::mutex>& lock, bool may_create, const char* call, const char* way_out);
