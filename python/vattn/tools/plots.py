@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg", ".pdf")
 GIB, MIB = 1024**3, 1024**2
+MB = 10**6
 
 # Colours that stay apart for the colour-blind (Okabe and Ito), and line styles that do in print.
 _BLUE, _SKY, _ORANGE, _GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
@@ -59,16 +60,16 @@ def save(figure: Any, path: str) -> None:
 
 
 def replay_figure(title: str, budget: int, arms: Sequence[tuple[str, Figures]]) -> Any:
-    """A replay over simulated time: memory above, running requests below.
+    """A replay over simulated time: memory above, running requests below, then the memory that vattn was asked for.
 
     Args:
         title: trace, model and memory; lines.
         budget: bytes, the same for every arm.
         arms: the name and the figures of vattn, of paging and of the static cache, in that order.
     """
-    figure = _figure_class()(figsize=(10, 7), layout="constrained")
+    figure = _figure_class()(figsize=(10, 9), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    memory, running = figure.subplots(2, 1, sharex=True)
+    memory, running, asked = figure.subplots(3, 1, sharex=True)
     (_, ours), (_, paged), (_, static) = arms
     # A static cache may take ten times as long as the others, who would be a stroke at the left of its picture.
     end = 1.05 * max(ours.series.edges_s[-1], paged.series.edges_s[-1]) or 1.0
@@ -82,11 +83,17 @@ def replay_figure(title: str, budget: int, arms: Sequence[tuple[str, Figures]]) 
     used = ours.series
     _stairs(memory, used.edges_s, used.used_bytes, GIB, color=_SKY, linestyle="-", label="vattn: needed by tokens")
     memory.axhline(budget / GIB, color="black", linewidth=0.8, linestyle=":", label="the budget")
+    for values, colour, by in (
+        (used.prompt_bytes_per_s, _SKY, "vattn: by prompts"),
+        (used.decode_bytes_per_s, _BLUE, "vattn: by new tokens"),
+    ):
+        _stairs(asked, used.edges_s, values, MB, color=colour, linestyle="-", label=by)
     memory.set_xlim(0, end)
     memory.set_ylabel("memory (GiB)")
     running.set_ylabel("running requests")
-    running.set_xlabel("simulated time (s)")
-    for axes in (memory, running):
+    asked.set_ylabel("memory asked for (MB/s)")
+    asked.set_xlabel("simulated time (s)")
+    for axes in (memory, running, asked):
         _finish(axes)
     return figure
 
