@@ -58,7 +58,7 @@ def test_what_a_cache_is_asked_for_is_the_pages_that_lengths_need(lookahead: int
     rng = random.Random(layers_per_tensor)
     requests = [(float(i), rng.randrange(1, 600), rng.randrange(1, 300)) for i in range(20)]
     with vattn.KVCache(
-        2, 2, 32, max_batch_size=32, max_seq_len=1024, dtype="bfloat16", device="meta", page_size="64KiB",
+        2, 2, 32, max_batch_size=64, max_seq_len=1024, dtype="bfloat16", device="meta", page_size="64KiB",
         layers_per_tensor=layers_per_tensor, layout="NHD", lookahead_tokens=lookahead,
     ) as cache:  # fmt: skip
         figures = simulate(workload(requests), VattnMemory(cache))
