@@ -6,7 +6,8 @@ bytes that slots newly come to hold: for new tokens of running requests (decode,
 is always full. Simulated, so that a run is one sample and comes out the same on every machine.
 
 An iteration takes 25 ms here, which is assumed and no GPU's. It decides what decode asks for only where memory is
-full: at the trace's own speed every token comes sooner or later, and an hour's are an hour's. The trace is --trace or VATTN_TRACE, else made up on the spot. Thread: one, and the cache's mapper.
+full: at the trace's own speed an hour's tokens come within the hour. The trace is --trace or VATTN_TRACE, else made up
+on the spot. Thread: one, and the cache's mapper.
 """
 
 from __future__ import annotations

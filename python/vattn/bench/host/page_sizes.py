@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import vattn
@@ -65,10 +64,8 @@ def draws(lengths: str, whole: list[int], count: int) -> list[list[int]]:
 
 def worker_of(parameters: dict[str, Any]) -> tuple[Geometry, int]:
     """What one worker has of a model, and the bytes for its cache."""
-    model = MODELS[parameters["model"]]
-    return replace(model, num_kv_heads=model.num_kv_heads // parameters["workers"]), int(
-        parameters["memory_gib"] * 2**30
-    )
+    worker = MODELS[parameters["model"]].split(parameters["workers"])
+    return worker, int(parameters["memory_gib"] * 2**30)
 
 
 def measure(parameters: dict[str, Any], drawn: list[list[int]], trace: str) -> Case:

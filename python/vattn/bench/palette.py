@@ -1,0 +1,87 @@
+"""How an arm is drawn: one colour everywhere, whichever benchmark and picture it is in.
+
+Promise: a style depends on the arm's name alone. Blue is vattn as it comes, other blues and purple its variants; orange
+paging; green a cache or tensor of fixed size; red is what is without the thing that a picture is about; black and grey
+are references. Colours stay apart for the colour-blind (Okabe and Ito). Thread: any.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+
+BLUE, SKY, NAVY, PURPLE = "#0072B2", "#56B4E9", "#1B3A6B", "#CC79A7"
+ORANGE, AMBER, BROWN = "#D55E00", "#E69F00", "#8C4A1A"
+GREEN, LIME = "#009E73", "#8DB600"
+RED, BLACK, GREY = "#B2182B", "#000000", "#8A8A8A"
+_SPARE = (BLUE, SKY, NAVY, PURPLE, ORANGE, AMBER, BROWN, GREEN, LIME, RED)
+_DASHES = ("-", "--", "-.", ":")
+
+#: What an arm's name may begin with that says which of its quantities it is: the arm is what follows.
+_QUANTITY = re.compile(r"(waste|preemptions|simulated time|peak|steps that waited|longest), ")
+
+
+@dataclass(frozen=True)
+class Style:
+    """A colour and a line."""
+
+    colour: str
+    line: str = "-"
+
+
+_KNOWN: dict[str, Style] = {
+    # vattn, as it comes
+    **dict.fromkeys(
+        ("vattn", "VattnCache", "GrowableTensor", "vattn, rows", "vattn, Python", "mapped ahead", "mapper"), Style(BLUE)
+    ),
+    **dict.fromkeys(("vattn, mapper", "vattn step, mapper", "2 MiB, the library's layers a tensor"), Style(BLUE)),
+    **dict.fromkeys(("decode", "create"), Style(BLUE)),
+    # its variants
+    **dict.fromkeys(("vattn, C++", "VattnCache, vattn attention", "64 KiB"), Style(NAVY, "--")),
+    **dict.fromkeys(("of a pool", "VattnCache.pool", "vattn, cache", "reused row", "vattn, shuffled"), Style(SKY)),
+    **dict.fromkeys(("vattn step", "vattn, no warm slots", "close", "prompts"), Style(SKY)),
+    "of a pool, vattn attention": Style(SKY, "--"),
+    **dict.fromkeys(
+        ("of a pool, all layers in one tensor", "VattnCache.pool, all layers in one tensor"), Style(PURPLE)
+    ),
+    "2 MiB, all layers in one tensor": Style(PURPLE),
+    # without what the picture is about
+    **dict.fromkeys(("no look-ahead", "cold row", "2 MiB", "vattn, synchronous", "torch.cat a piece"), Style(RED)),
+    "pooled pages": Style(AMBER),
+    # paging, and what copies or follows tables
+    **dict.fromkeys(("paged, 16 tokens", "paged 16", "DynamicCache", "numpy block table"), Style(ORANGE)),
+    **dict.fromkeys(("paged 16, random", "list, torch.stack at the end", "bare torch"), Style(ORANGE)),
+    **dict.fromkeys(("paged, 256 tokens", "paged 256", "doubling by hand"), Style(AMBER)),
+    "naive block table": Style(BROWN),
+    # fixed sizes
+    **dict.fromkeys(("static", "StaticCache, exact", "tensor of the final size", "plain", "plain loop"), Style(GREEN)),
+    **dict.fromkeys(("StaticCache, twice too long", "plain, forced split"), Style(LIME)),
+    # one step's lengths, by their type; the kernel's mappings; closing and forking
+    **dict.fromkeys(
+        ("Python, numpy", "grown in random order", "close 1600 members", "fork, 1600 members"), Style(BLUE)
+    ),
+    **dict.fromkeys(("Python, array", "after 200 cycles", "close 400 members", "fork, 0 members"), Style(SKY)),
+    **dict.fromkeys(("Python, torch",), Style(ORANGE)),
+    **dict.fromkeys(("Python, list",), Style(AMBER)),
+    **dict.fromkeys(("Python, dict",), Style(BROWN)),
+    **dict.fromkeys(("most while growing",), Style(NAVY)),
+    # references
+    **dict.fromkeys(("loop of the same calls", "loop of the same calls, C++", "final size"), Style(GREY)),
+    "the paper's, 64 KiB": Style("#5A6B8C"),
+    "the paper's, 2 MiB": Style("#C98A92"),
+}
+
+
+def arm_of(name: str) -> str:
+    """The arm that a name is about: ``waste, vattn`` is one of vattn's quantities."""
+    return _QUANTITY.sub("", name, count=1)
+
+
+def style_of(name: str) -> Style:
+    """How that arm is drawn. A name that is not known gets a style of its own, the same each time."""
+    arm = arm_of(name)
+    if arm in _KNOWN:
+        return _KNOWN[arm]
+    number = zlib.crc32(arm.encode())
+    return Style(_SPARE[number % len(_SPARE)], _DASHES[number // len(_SPARE) % len(_DASHES)])
