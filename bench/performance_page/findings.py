@@ -99,8 +99,8 @@ def _replay(result: Result) -> Iterator[Finding]:
     )
     yield Finding(
         result.name,
-        f"In that hour {times(case, 'vattn', paged)} as many requests run at once as with paging in blocks of 16 tokens "
-        f"({count(case, 'vattn')} and {count(case, paged)}).",
+        f"In the replayed hour {times(case, 'vattn', paged)} as many requests run at once as with paging in blocks of "
+        f"16 tokens ({count(case, 'vattn')} and {count(case, paged)}).",
         case.ratio("vattn", paged),
     )
     yield Finding(
@@ -141,8 +141,8 @@ def _demand(result: Result) -> Iterator[Finding]:
     mean, most, prompts = "decode, mean", "decode, most in a second", "prompts, mean"
     yield Finding(
         result.name,
-        f"New tokens of the replayed service ask for {median(own, mean)} at its own speed (Llama-3-8B), and for no more than "
-        f"{median(own, most)} in any second; the paper says at most 750 MB/s. Prompts ask for {median(own, prompts)} "
+        f"New tokens of the replayed service ask for {median(own, mean)} at its own speed (Llama-3-8B), and for no more "
+        f"than {median(own, most)} in any second; the paper says at most 750 MB/s. Prompts ask for {median(own, prompts)} "
         "besides.",
     )
     yield Finding(
@@ -306,7 +306,8 @@ TOLD: dict[str, Callable[[Result], Iterator[Finding]]] = {
 
 def times(case: Case, arm: str, base: str) -> str:
     """A ratio of medians, with as many digits as tell something."""
-    return number(_known(case, arm) / _known(case, base))
+    ratio = _known(case, arm) / _known(case, base)
+    return number(ratio) if ratio >= 10 else f"{ratio:.2f}" if ratio >= 1 else f"{ratio:.3f}"
 
 
 def median(case: Case, arm: str) -> str:

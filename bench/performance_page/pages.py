@@ -1,4 +1,4 @@
-"""The pages: docs/performance.md, which says what was found, and in docs/performance/ a page a benchmark with its table.
+"""The pages: docs/performance.md, which says what was found, and in docs/performance/ a page a benchmark.
 
 `pages` gives them all as text, by their path under docs/. Thread: any.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from performance_page.claims import CLAIMS, measured
-from performance_page.findings import GROUPS, findings
+from performance_page.findings import COUNTED, GROUPS, findings
 from performance_page.pictures import panels_for
 from performance_page.results import Result, find
 from vattn.bench.report import amount, bound_line, labels, plain_facts, spread
@@ -26,9 +26,10 @@ HEAD = """# Performance
 
 {gpu}
 
-Each sentence below is made by `python bench/performance.py` from [bench/results](../bench/results), which `python -m vattn bench`
-wrote; [bench/README.md](../bench/README.md) says how each benchmark is fair. Ratios are of medians of one run: machines are
-shared, and ratios say more than times. What a sentence rests on is behind its link, with all that was measured beside it.
+Each sentence below is made by `python bench/performance.py` from [bench/results](../bench/results), which
+`python -m vattn bench` wrote; [bench/README.md](../bench/README.md) says how each benchmark is fair. Ratios are of
+medians of one run: machines are shared, and ratios say more than times. What a sentence rests on is behind its link,
+with all that was measured beside it.
 """
 #: Pictures of the first page, in its order.
 SHOWN = ("hf_decode", "replay", "page_sizes", "demand", "overlap", "step")
@@ -58,19 +59,12 @@ def front(results: Sequence[Result]) -> str:
     parts = [HEAD.format(gpu="What ran on a GPU is under the GPU's name below." if ran else NO_GPU)]
     told = findings(results)
     for group in GROUPS:
-        own = [f"* {each.sentence} [[{each.benchmark}](performance/{each.benchmark}.md)]" for each in told]
-        own = [line for line, each in zip(own, told, strict=True) if each.group == group]
+        if group == COUNTED:
+            parts += _gallery(results)
+        own = [each for each in told if each.group == group]
         if own:
-            parts += [f"## {group}\n", "\n".join(own) + "\n"]
-    drawn = [(name, find(results, name)) for name in SHOWN if f"performance/{name}.svg" in pictures(results)]
-    if drawn:
-        parts.append("## Pictures\n")
-        parts.append(
-            "An arm has one colour in all of them; axes begin at zero; bands are the 10th to the 90th percentile.\n"
-        )
-    for name, result in drawn:
-        if result is not None:
-            parts.append(f"**[{result.question}](performance/{name}.md)**\n\n![{name}](performance/{name}.svg)\n")
+            lines = [f"* {each.sentence} [[{each.benchmark}](performance/{each.benchmark}.md)]" for each in own]
+            parts += [f"## {group}\n", "\n".join(lines) + "\n"]
     beside = [
         (claim.what, claim.paper, measured(claim, results).replace("](", "](performance/"))
         for claims in CLAIMS.values()
@@ -85,6 +79,20 @@ def front(results: Sequence[Result]) -> str:
     if beside:
         parts.append(table(("the paper's", "paper", "here"), beside))
     return "\n".join([*parts, listing(results), machines(results)])
+
+
+def _gallery(results: Sequence[Result]) -> list[str]:
+    """The first page's pictures, those of which there are results."""
+    drawn = [(name, find(results, name)) for name in SHOWN if f"performance/{name}.svg" in pictures(results)]
+    if not drawn:
+        return []
+    words = "An arm has one colour in all of them; axes begin at zero; bands are the 10th to the 90th percentile.\n"
+    parts = ["## Pictures\n", words]
+    for name, result in drawn:
+        if result is not None:
+            picture = f"![{result.question}](performance/{name}.svg)"
+            parts.append(f"**[{result.question}](performance/{name}.md)**\n\n{picture}\n")
+    return parts
 
 
 def listing(results: Sequence[Result]) -> str:
@@ -102,11 +110,11 @@ def paper(results: Sequence[Result]) -> str:
     """All claims; a column for what was measured here only where something was."""
     parts = [
         "# The paper's figures\n",
-        "What vAttention (ASPLOS 2025) prints, with the numbers of arXiv 2405.04437v3, and which benchmark here measures the "
-        "like. Its figures are of A100s, FlashAttention-3's of an H100. Up to 1.36x belongs to FlashInfer's paged prefill at "
-        "16K of context; FlashAttention-3, used unchanged, is credited with 1.26x to 1.5x over FlashAttention-2 paged, end "
-        "to end. Figures here of demand and batch are simulated on `meta`, those of overlap charged on the fake libcuda; no "
-        "empty cell is a zero.\n",
+        "What vAttention (ASPLOS 2025) prints, with the numbers of arXiv 2405.04437v3, and which benchmark here "
+        "measures the like. Its figures are of A100s, FlashAttention-3's of an H100. Up to 1.36x belongs to "
+        "FlashInfer's paged prefill at 16K of context; FlashAttention-3, used unchanged, is credited with 1.26x "
+        "to 1.5x over FlashAttention-2 paged, end to end. What is told here of demand and batch is simulated on "
+        "`meta`, and of overlap charged on the fake libcuda: none of it is a GPU's.\n",
     ]
     for title, claims in CLAIMS.items():
         found = [measured(claim, results) for claim in claims]
@@ -127,12 +135,12 @@ def tokens_a_page() -> str:
     """The paper's table 8, by the arithmetic of `vattn plan`."""
     lines = [
         "# Tokens a page\n",
-        "The paper's table 8, for more models: how many tokens a page holds of one tensor, K or V, and how much of the last "
-        "pages a request can leave unused, by the arithmetic of `python -m vattn plan`. Workers share a model's heads "
-        "(tensor parallelism), so a page of one of two holds twice as many tokens. Pages of 64 to 256 KiB exist on the "
-        "host and on AMD, on NVIDIA only with the paper's patched driver. *default* is the layers a tensor that a cache "
-        "on a GPU chooses. A page that several layers share holds fewer tokens of each, and that is what pages of 2 MiB "
-        "need.\n",
+        "The paper's table 8, for more models: how many tokens a page holds of one tensor, K or V, and how much "
+        "of its last pages a request can leave unused, by the arithmetic of `python -m vattn plan`. Workers share "
+        "a model's heads (tensor parallelism), so a page of one of two holds twice as many tokens. Pages of 64 to "
+        "256 KiB exist on the host and on AMD, on NVIDIA only with the paper's patched driver. *Default* is the "
+        "layers a tensor that a cache on a GPU chooses: a page that several layers share holds fewer tokens of "
+        "each, which is how pages of 2 MiB come to waste no more than small ones.\n",
     ]
     sizes = [format_size(page) for page in TOKEN_PAGES]
     for title, cell in (
@@ -162,7 +170,7 @@ def benchmark(results: Sequence[Result]) -> str:
     first = results[0]
     parts = [f"# {first.name}\n", f"{first.question} [What it compares, and how](../../bench/README.md).\n"]
     if panels_for(first):
-        parts.append(f"![{first.name}]({first.name}.svg)\n")
+        parts.append(f"![{first.question}]({first.name}.svg)\n")
     for result in results:
         if len(results) > 1:
             parts.append(f"## {result.machine['name']}\n")
