@@ -73,7 +73,7 @@ CLAIMS = {
         Claim(
             "figure 13: prefill's overhead, a fresh row and one that another request left (64 KiB)",
             "1.15x and 1.00x",
-            "kernel_prefill",
+            "prefill_rows",
         ),
     ],
     "Decode": [

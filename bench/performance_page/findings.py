@@ -141,9 +141,9 @@ def _demand(result: Result) -> Iterator[Finding]:
     mean, most, prompts = "decode, mean", "decode, most in a second", "prompts, mean"
     yield Finding(
         result.name,
-        f"New tokens of the replayed service ask for {median(own, mean)} at its own speed (Llama-3-8B), and for no more "
-        f"than {median(own, most)} in any second; the paper says at most 750 MB/s. Prompts ask for {median(own, prompts)} "
-        "besides.",
+        f"New tokens of the replayed service ask for {median(own, mean)} at its own speed (Llama-3-8B), and for no "
+        f"more than {median(own, most)} in any second; the paper says at most 750 MB/s. Prompts ask for "
+        f"{median(own, prompts)} besides.",
     )
     yield Finding(
         result.name,

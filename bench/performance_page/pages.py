@@ -121,7 +121,7 @@ def paper(results: Sequence[Result]) -> str:
         rows = [(claim.what, claim.paper, _measured_by(claim.benchmark)) for claim in claims]
         head = [title.lower(), "paper", "measured by"]
         if any(found):
-            rows = [(*row, here) for row, here in zip(rows, found, strict=True)]
+            rows = [(*row, here or "not run: needs a GPU") for row, here in zip(rows, found, strict=True)]
             head.append("here")
         parts += [f"## {title}\n", table(head, rows)]
     return "\n".join(parts)

@@ -107,9 +107,10 @@ def _overlap(cases: Sequence[Case]) -> list[Panel]:
         layers = case.parameters["layers_per_tensor"]
         if case.parameters["part"] == "decode":
             shown = [arm for arm in case.arms if arm.unit == "ms charged"]
-            xs = tuple(float(i) for i in range(256))
-            curves = tuple(Curve(arm.name, xs, tuple(arm.samples[:256])) for arm in reversed(shown))
-            title = f"decode, 32 requests, {layers} layers a tensor: the first 256 steps"
+            steps = 256 if layers == 1 else 16  # several beginnings of pages
+            xs = tuple(float(i) for i in range(steps))
+            curves = tuple(Curve(arm.name, xs, tuple(arm.samples[:steps])) for arm in reversed(shown))
+            title = f"decode, 32 requests, {_layers(layers)}: the first {steps} steps"
             found.append(Panel(title, "ms charged, fake driver", curves, "step", steps=True))
     for layers in dict.fromkeys(case.parameters["layers_per_tensor"] for case in cases):
         prompts = [
@@ -126,8 +127,12 @@ def _overlap(cases: Sequence[Case]) -> list[Panel]:
             )
             for arm in ordered[0].arms
         )
-        found.append(Panel(f"a prompt's step, {layers} layers a tensor", "ms charged, fake driver", curves, "context"))
+        found.append(Panel(f"a prompt's step, {_layers(layers)}", "ms charged, fake driver", curves, "context"))
     return found
+
+
+def _layers(count: int) -> str:
+    return "a layer a tensor" if count == 1 else f"{count} layers a tensor, the default"
 
 
 def _decode_wait(cases: Sequence[Case]) -> list[Panel]:

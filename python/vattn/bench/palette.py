@@ -33,30 +33,43 @@ class Style:
 _KNOWN: dict[str, Style] = {
     # vattn, as it comes
     **dict.fromkeys(
-        ("vattn", "VattnCache", "GrowableTensor", "vattn, rows", "vattn, Python", "mapped ahead", "mapper"), Style(BLUE)
+        ("vattn", "VattnCache", "GrowableTensor", "vattn, rows", "vattn, Python", "mapped ahead", "mapper", "warm"),
+        Style(BLUE),
     ),
     **dict.fromkeys(("vattn, mapper", "vattn step, mapper", "2 MiB, the library's layers a tensor"), Style(BLUE)),
     **dict.fromkeys(("decode", "create"), Style(BLUE)),
     # its variants
     **dict.fromkeys(("vattn, C++", "VattnCache, vattn attention", "64 KiB"), Style(NAVY, "--")),
-    **dict.fromkeys(("of a pool", "VattnCache.pool", "vattn, cache", "reused row", "vattn, shuffled"), Style(SKY)),
-    **dict.fromkeys(("vattn step", "vattn, no warm slots", "close", "prompts"), Style(SKY)),
+    **dict.fromkeys(("of a pool", "VattnCache.pool", "vattn, cache", "reused row", "reused"), Style(SKY)),
+    **dict.fromkeys(("vattn step", "vattn, no warm slots", "close", "prompts", "vattn, shuffled"), Style(SKY)),
+    "vattn, tile 16": Style(NAVY, ":"),
+    "vattn, forced split": Style(NAVY, "-."),
     "of a pool, vattn attention": Style(SKY, "--"),
     **dict.fromkeys(
         ("of a pool, all layers in one tensor", "VattnCache.pool, all layers in one tensor"), Style(PURPLE)
     ),
     "2 MiB, all layers in one tensor": Style(PURPLE),
     # without what the picture is about
-    **dict.fromkeys(("no look-ahead", "cold row", "2 MiB", "vattn, synchronous", "torch.cat a piece"), Style(RED)),
-    "pooled pages": Style(AMBER),
+    **dict.fromkeys(("no look-ahead", "cold row", "cold", "2 MiB", "vattn, synchronous"), Style(RED)),
+    "torch.cat a piece": Style(RED),
+    **dict.fromkeys(("pooled pages", "pooled"), Style(AMBER)),
     # paging, and what copies or follows tables
     **dict.fromkeys(("paged, 16 tokens", "paged 16", "DynamicCache", "numpy block table"), Style(ORANGE)),
-    **dict.fromkeys(("paged 16, random", "list, torch.stack at the end", "bare torch"), Style(ORANGE)),
+    **dict.fromkeys(("list, torch.stack at the end", "bare torch"), Style(ORANGE)),
     **dict.fromkeys(("paged, 256 tokens", "paged 256", "doubling by hand"), Style(AMBER)),
+    **{
+        f"paged {size}, {order}": Style(colour, line)
+        for size, colour in ((16, ORANGE), (64, BROWN), (128, RED), (256, AMBER))
+        for order, line in (("random", "-"), ("in order", "--"))
+    },
+    **{
+        f"vattn, {layers} layers a tensor": Style(PURPLE, line)
+        for layers, line in ((4, ":"), (16, "--"), (20, "--"), (32, "-"), (60, "-"), (80, "-."))
+    },
     "naive block table": Style(BROWN),
     # fixed sizes
     **dict.fromkeys(("static", "StaticCache, exact", "tensor of the final size", "plain", "plain loop"), Style(GREEN)),
-    **dict.fromkeys(("StaticCache, twice too long", "plain, forced split"), Style(LIME)),
+    **dict.fromkeys(("StaticCache, twice too long", "plain, forced split"), Style(LIME, "--")),
     # one step's lengths, by their type; the kernel's mappings; closing and forking
     **dict.fromkeys(
         ("Python, numpy", "grown in random order", "close 1600 members", "fork, 1600 members"), Style(BLUE)

@@ -15,11 +15,11 @@ from vattn.bench.palette import arm_of
 from vattn.bench.report import amount, labels
 
 #: Parameters that a line may run over, the first that varies.
-AXES = ("context", "slots", "pages_a_run", "size")
+AXES = ("context", "prompt", "slots", "pages_a_run", "size")
 #: An arm that is so many times as large as the median of the arms of its panel is told, not drawn.
 TOO_LARGE = 20
 #: Cases whose figures are so many times others' are not drawn on one scale.
-OTHER_SCALE = 5
+OTHER_SCALE = 7
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def panels_of(cases: Sequence[Case]) -> list[Panel]:
 
 def _of_one_scale(cases: Sequence[Case], unit: str) -> list[list[Case]]:
     """All in one panel, unless some would be strokes beside the others: then a panel each."""
-    most = [max(arm.median for arm in case.arms if arm.unit == unit) for case in cases]
+    most = [statistics.median(arm.median for arm in case.arms if arm.unit == unit) for case in cases]
     if len(cases) > 1 and max(most) > OTHER_SCALE * min(each or max(most) for each in most):
         return [[case] for case in cases]
     return [list(cases)] if cases else []

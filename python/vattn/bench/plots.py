@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from vattn.bench.benchmark import Case
@@ -62,8 +63,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.set_ylim(0, 1)
     axes.grid(alpha=0.3, axis="both" if not panel.groups else "y")
     axes.set_axisbelow(True)
-    if panel.groups:  # bars fill their axes: beside them
-        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if panel.groups:  # bars fill their axes: room for two names a row above them
+        axes.set_ylim(top=axes.get_ylim()[1] / (1 - 0.08 * -(-len(panel.curves) // 2)))
+        axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
     else:
         axes.legend(fontsize=7, frameon=False, loc="best")
 
@@ -116,14 +118,10 @@ def _bars(axes: Any, panel: Panel, scale: float) -> None:
         for place, height in zip(places, heights, strict=True):
             if height == 0:
                 axes.annotate("0", (place, 0), ha="center", va="bottom", fontsize=7, color=style.colour)
-    short = len(panel.groups) <= 3
-    axes.set_xticks(
-        range(len(panel.groups)),
-        panel.groups,
-        fontsize=7,
-        rotation=0 if short else 30,
-        ha="center" if short else "right",
-    )
+    few = len(panel.groups) <= 6
+    names = [fill(group, 60 // len(panel.groups)) for group in panel.groups] if few else panel.groups
+    turned: Any = {} if few else {"rotation": 30, "ha": "right"}
+    axes.set_xticks(range(len(panel.groups)), names, fontsize=7, **turned)
 
 
 def _whiskers(curve: Curve, present: Sequence[int], scale: float) -> Any:
