@@ -1,4 +1,4 @@
-"""docs/performance.md and docs/performance/ are what bench/performance.py makes of the result files, and of nothing else."""
+"""docs/performance.md and docs/performance/ are what bench/performance.py makes of the results, and of nothing else."""
 
 from __future__ import annotations
 
@@ -97,18 +97,16 @@ def test_a_finding_is_a_gain_or_a_loss_by_its_figure(tmp_path: Path, vattn: floa
     assert {each.group for each in found} == {getattr(findings, group)}
     assert all(f"{vattn / 4:.3f}" in each.sentence or f"{vattn / 4:.2f}" in each.sentence for each in found)
     text = made(tmp_path)["performance.md"]
-    assert [line for line in text.splitlines() if line.startswith("## ")][0] == f"## {getattr(findings, group)}"
+    assert next(line for line in text.splitlines() if line.startswith("## ")) == f"## {getattr(findings, group)}"
 
 
 def test_a_finding_whose_case_or_arm_is_gone_is_an_error_that_names_it(tmp_path: Path) -> None:
     write(tmp_path / "abacus-3", "host", "growth", growth(4.0)[:1])
     with pytest.raises(LookupError, match=r"growth\.json has no case with .*a page a row at a time"):
         findings.findings(performance.read_results(tmp_path))
-    write(
-        tmp_path / "other", "host", "growth", [Case("growth", {"grown": "all at once"}, [Arm("vattn", "GiB/s", [1.0])])]
-    )
-    (tmp_path / "abacus-3" / "growth.json").unlink()
-    with pytest.raises(LookupError):
+    both = [Case("growth", case.parameters, case.arms[:1]) for case in growth(4.0)]
+    write(tmp_path / "abacus-3", "host", "growth", both)
+    with pytest.raises(LookupError, match="has no arm 'plain loop'"):
         findings.findings(performance.read_results(tmp_path))
 
 
@@ -235,7 +233,7 @@ def test_the_pages_of_the_repository_are_made_from_its_results(capsys: pytest.Ca
     assert performance.main(["--check"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "README.md", ROOT / "bench/README.md"])
+@pytest.mark.parametrize("page", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "bench/README.md"])
 def test_links_and_pictures_of_the_documents_are_there(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)):

@@ -283,8 +283,8 @@ def test_the_gpu_suite_is_whole_and_begins_with_what_is_right() -> None:
 
 def test_the_registry_knows_every_module_once() -> None:
     host = [benchmark.name for benchmark in benchmarks("host")]
-    wanted = ["step", "loop", "growth", "append", "members", "replay", "cold_start", "mappings", "decode_wait"]
-    wanted += ["hf_decode", "conversations"]
+    wanted = ["step", "loop", "growth", "append", "members", "replay", "demand", "page_sizes", "cold_start", "mappings"]
+    wanted += ["decode_wait", "overlap", "hf_decode", "conversations"]
     assert host == wanted
     both = [benchmark.name for benchmark in benchmarks("all")]
     assert len(set(both)) == len(both), "files of both suites lie in one folder"
