@@ -1,7 +1,7 @@
 """Which of torch's attention kernels vattn lets torch choose from: on cuda never cuDNN's, with a mask or without.
 
-Tensors say cuda:0 by the stand-in (pretend_cuda.py), in a process of its own; what torch may choose from is read at each
-call of its attention.
+Tensors say cuda:0 by the stand-in (pretend_cuda.py), in a process of its own; what torch may choose from is read at
+each call of its attention.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ import json
 import lzma
 import math
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import FAKE_CUDA, ON_GPU, check_child
+from vattn.attention.kernel import Blocks, Rows
 from vattn.bench import carried
 from vattn.bench.benchmark import Arm, Case, Settings, key_of
 from vattn.bench.gpu import boundaries, kernel_slicing, kernels
@@ -188,6 +190,24 @@ def test_the_default_slicing_is_what_a_cache_chooses_and_the_quick_grids_have_it
             assert has == (not why)
             assert has or FULL.layer_bytes(setting) >= 1 << 30, "left out only where a layer is large"
             assert 16 not in FULL.slices_of(setting) or setting.model != LLAMA, "no arm twice"
+
+
+@needs_triton
+def test_what_is_compiled_beforehand_has_the_variants_of_the_quick_grids():
+    path = Path(__file__).resolve().parents[2] / "scripts" / "gpu_run" / "precompile.py"
+    spec = importlib.util.spec_from_file_location("precompile", path)
+    precompile = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(precompile)
+    launches = list(precompile.launches())
+    for phase in ("prefill", "decode"):
+        for setting in QUICK.settings(phase):
+            own = [each for each in launches if each[0].lengths == (setting.context,) * setting.batch]
+            own = [each for each in own if each[1] == setting.queries]
+            rows = {each[4:] for each in own if isinstance(each[0], Rows)}
+            assert {(64, 1), (64, 16), (16, 1), (16, 16)} <= rows, setting
+            assert {each[0].block_size for each in own if isinstance(each[0], Blocks)} >= {16, 128, 256}
+    k = precompile.keys(precompile.rows([192 * 1024]), 8, 16)
+    assert k.stride(0) > 2**31 > k.stride(1) == 16 * 8 * 128
 
 
 def sliced_case(kernel, *, fake=False, **ratios):

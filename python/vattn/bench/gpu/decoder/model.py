@@ -120,7 +120,7 @@ class Decoder:
             keys, values = layer_of(number)
             keys.copy_(key)
             values.copy_(value)
-            attended = attend(*(each.transpose(0, 1)[None] for each in (query, keys, values)))
+            attended = attend(heads_first(query), heads_first(keys), heads_first(values))
             hidden = self._after(layer, hidden, attended[0].transpose(0, 1))
         return self._logits(hidden[-1:])[0]
 
@@ -141,6 +141,11 @@ class Decoder:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return functional.linear(functional.rms_norm(hidden, (self.shape.hidden,), self.norm, 1e-5), self.head)
+
+
+def heads_first(tokens: torch.Tensor) -> torch.Tensor:
+    """One request as torch's attention takes it: (1, heads, tokens, head_dim), a view."""
+    return tokens.transpose(0, 1)[None]
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
