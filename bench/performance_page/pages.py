@@ -111,7 +111,7 @@ def paper(results: Sequence[Result]) -> str:
     parts = [
         "# The paper's figures\n",
         "What vAttention (ASPLOS 2025) prints, with the numbers of arXiv 2405.04437v3, and which benchmark here "
-        "measures the like. Its figures are of A100s, FlashAttention-3's of an H100. Up to 1.36x belongs to "
+        "measures the like. Its figures are of A100s, FlashAttention-3's of a Hopper GPU. Up to 1.36x belongs to "
         "FlashInfer's paged prefill at 16K of context; FlashAttention-3, used unchanged, is credited with 1.26x "
         "to 1.5x over FlashAttention-2 paged, end to end. What is told here of demand and batch is simulated on "
         "`meta`, and of overlap charged on the fake libcuda: none of it is a GPU's.\n",
@@ -128,7 +128,7 @@ def paper(results: Sequence[Result]) -> str:
 
 
 def _measured_by(benchmark: str) -> str:
-    return f"`{benchmark}`" if benchmark else "no benchmark: it wants a whole engine"
+    return f"`{benchmark}`" if benchmark else "no benchmark: it wants a whole engine, or its kernel"
 
 
 def tokens_a_page() -> str:
@@ -184,6 +184,8 @@ def cases_of(result: Result) -> str:
     ran = [case for case in cases if not case.skipped]
     common, own = labels(ran)
     lines = [f"Every case: {common}.\n"] if common else []
+    if result.found.get("verdict"):
+        lines.append(f"{result.found['verdict']}.\n")
     rows = []
     for case, label in zip(ran, own, strict=True):
         for number, arm in enumerate(case.arms):

@@ -83,6 +83,14 @@ def test_every_case_of_every_machine_is_told_on_the_benchmarks_own_page(tmp_path
     assert "![Is it fast?](made_up.svg)" in text
 
 
+def test_a_benchmarks_verdict_is_told_first(tmp_path: Path) -> None:
+    write(tmp_path / "loom-7", "gpu", "made_up", [made_up(4)])
+    path = tmp_path / "loom-7" / "made_up.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"verdict": "made up: no kernel loses"}))
+    text = made(tmp_path)["performance/made_up.md"]
+    assert text.index("made up: no kernel loses.") < text.index("| case |")
+
+
 def test_the_first_page_lists_every_benchmark_its_bounds_and_its_machine(tmp_path: Path) -> None:
     write(tmp_path / "abacus-3", "host", "made_up", [made_up(4), made_up(8, ours=30.0)])
     text = made(tmp_path)["performance.md"]
