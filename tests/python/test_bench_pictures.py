@@ -22,6 +22,13 @@ GPU_ARMS = [
     + [f"paged {size}, {order}" for size in (16, 64, 128, 256) for order in ("random", "in order")],
     ["static", "vattn, synchronous", "vattn, mapper", "paged 16"],
     ["static", "cold", "pooled", "warm", "reused"],
+    ["plain", "vattn", "vattn, shuffled", "vattn, default slicing", "vattn, shuffled, default slicing"],
+    ["vattn step", "vattn step, mapper", "numpy block table", "numpy block table and its copy", "copy of the lengths"],
+    ["step, Python", "step, C++", "driver loop, ctypes", "driver loop, C++"],
+    ["map a second time", "map a second time, one row", "copy alone", "take pages and copy"],
+    ["created", "pooled", "mapped ahead"],
+    ["page created", "page from the pool", "page mapped ahead"],
+    [f"{call}, {load}" for call in ("create", "map", "set_access", "unmap") for load in ("idle", "spin", "read")],
 ]
 
 
@@ -47,12 +54,13 @@ def drawn(panels: Sequence[Panel], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_arm_has_one_colour_in_every_picture() -> None:
     assert arm_of("waste, vattn") == arm_of("peak, vattn") == arm_of("vattn") == "vattn"
+    assert arm_of("vattn, mapper, throughput") == arm_of("vattn, mapper, slowest over median") == "vattn, mapper"
     assert style_of("waste, paged, 16 tokens") == style_of("paged, 16 tokens")
     assert style_of("VattnCache").colour == style_of("GrowableTensor").colour == style_of("vattn").colour
     assert style_of("an arm that nobody knows") == style_of("an arm that nobody knows")
 
 
-@pytest.mark.parametrize("names", GPU_ARMS, ids=["kernels", "decode", "prefill rows"])
+@pytest.mark.parametrize("names", GPU_ARMS)
 def test_arms_of_the_gpu_suite_can_be_told_apart(names: list[str]) -> None:
     assert len({style_of(name) for name in names}) == len(names)
 
@@ -123,6 +131,11 @@ def test_an_arm_that_would_hide_the_others_is_told_and_not_drawn() -> None:
     (panel,) = panels_of([case({"ours": 1, "theirs": 2, "naive": 900}, slots=n) for n in (1, 2)])
     assert [curve.arm for curve in panel.curves] == ["ours", "theirs"]
     assert panel.notes == ("naive: up to 900 ms, not drawn",)
+
+
+def test_cases_of_different_questions_have_panels_of_their_own() -> None:
+    panels = panels_of([case({"create": 1, "map": 2}, part="calls"), case({"page created": 1}, part="pages")])
+    assert [[curve.arm for curve in panel.curves] for panel in panels] == [["create", "map"], ["page created"]]
 
 
 def test_cases_of_another_scale_have_a_panel_of_their_own() -> None:

@@ -18,8 +18,10 @@ RED, BLACK, GREY = "#B2182B", "#000000", "#8A8A8A"
 _SPARE = (BLUE, SKY, NAVY, PURPLE, ORANGE, AMBER, BROWN, GREEN, LIME, RED)
 _DASHES = ("-", "--", "-.", ":")
 
-#: What an arm's name may begin with that says which of its quantities it is: the arm is what follows.
-_QUANTITY = re.compile(r"(waste|preemptions|simulated time|peak|steps that waited|longest), ")
+#: What an arm's name may begin or end with that says which of its quantities it is: the arm is the rest.
+_QUANTITY = re.compile(
+    r"^(waste|preemptions|simulated time|peak|steps that waited|longest), |, (throughput|slowest over median)$"
+)
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,48 @@ _KNOWN: dict[str, Style] = {
     # fixed sizes
     **dict.fromkeys(("static", "StaticCache, exact", "tensor of the final size", "plain", "plain loop"), Style(GREEN)),
     **dict.fromkeys(("StaticCache, twice too long", "plain, forced split"), Style(LIME, "--")),
+    "vattn, default slicing": Style(PURPLE),
+    "vattn, shuffled, default slicing": Style(PURPLE, ":"),
+    "vattn, a layer a tensor": Style(RED),
+    "vattn, all layers in one": Style(PURPLE),
+    # what a step is made of on a GPU, and a fork
+    "created": Style(RED),
+    "map a second time": Style(BLUE),
+    "map a second time, one row": Style(SKY),
+    "copy alone": Style(GREEN),
+    "take pages and copy": Style(ORANGE),
+    **dict.fromkeys(("step, Python", "page mapped ahead"), Style(BLUE)),
+    "step, C++": Style(NAVY, "--"),
+    "page from the pool": Style(AMBER),
+    "page created": Style(RED),
+    "numpy block table and its copy": Style(ORANGE, "--"),
+    "copy of the lengths": Style(GREY, ":"),
+    "driver loop, ctypes": Style(GREY),
+    "driver loop, C++": Style(BLACK, "--"),
+    # the driver's calls, beside nothing, a kernel of one thread, and one that reads everywhere
+    **{
+        f"{call}{load}": Style(colour, line)
+        for call, colour in (
+            ("reserve", GREEN),
+            ("map", BLUE),
+            ("set_access", SKY),
+            ("unmap", ORANGE),
+            ("release", AMBER),
+            ("address_free", LIME),
+        )
+        for load, line in (("", "-"), (", idle", "-"), (", spin", "--"), (", read", ":"))
+    },
+    **{f"create, {load}": Style(RED, line) for load, line in (("idle", "-"), ("spin", "--"), ("read", ":"))},
+    "map all": Style(BLUE),
     # one step's lengths, by their type; the kernel's mappings; closing and forking
     **dict.fromkeys(
         ("Python, numpy", "grown in random order", "close 1600 members", "fork, 1600 members"), Style(BLUE)
     ),
     **dict.fromkeys(("Python, array", "after 200 cycles", "close 400 members", "fork, 0 members"), Style(SKY)),
-    **dict.fromkeys(("Python, torch",), Style(ORANGE)),
-    **dict.fromkeys(("Python, list",), Style(AMBER)),
-    **dict.fromkeys(("Python, dict",), Style(BROWN)),
-    **dict.fromkeys(("most while growing",), Style(NAVY)),
+    "Python, torch": Style(ORANGE),
+    "Python, list": Style(AMBER),
+    "Python, dict": Style(BROWN),
+    "most while growing": Style(NAVY),
     # references
     **dict.fromkeys(("loop of the same calls", "loop of the same calls, C++", "final size"), Style(GREY)),
     "the paper's, 64 KiB": Style("#5A6B8C"),
@@ -88,7 +123,7 @@ _KNOWN: dict[str, Style] = {
 
 def arm_of(name: str) -> str:
     """The arm that a name is about: ``waste, vattn`` is one of vattn's quantities."""
-    return _QUANTITY.sub("", name, count=1)
+    return _QUANTITY.sub("", name)
 
 
 def style_of(name: str) -> Style:

@@ -15,7 +15,7 @@ from vattn.bench.palette import arm_of
 from vattn.bench.report import amount, labels
 
 #: Parameters that a line may run over, the first that varies.
-AXES = ("context", "prompt", "slots", "pages_a_run", "size")
+AXES = ("context", "prompt", "slots", "handle_mib", "mappings", "pages_a_run", "size")
 #: An arm that is so many times as large as the median of the arms of its panel is told, not drawn.
 TOO_LARGE = 20
 #: Cases whose figures are so many times others' are not drawn on one scale.
@@ -61,8 +61,24 @@ def panels_of(cases: Sequence[Case]) -> list[Panel]:
                 found.append(lines(group, axis, unit, common))
             else:
                 rest += group
-        found += [bars(together, unit) for together in _of_one_scale(rest, unit)]
+        for same in _of_the_same_arms(rest, unit):
+            found += [bars(together, unit) for together in _of_one_scale(same, unit)]
     return found
+
+
+def _of_the_same_arms(cases: Sequence[Case], unit: str) -> list[list[Case]]:
+    """Cases without an arm in common are of different questions."""
+    groups: list[tuple[set[str], list[Case]]] = []
+    for case in cases:
+        arms = {arm.name for arm in case.arms if arm.unit == unit}
+        for known, members in groups:
+            if known & arms:
+                known |= arms
+                members.append(case)
+                break
+        else:
+            groups.append((arms, [case]))
+    return [members for _, members in groups]
 
 
 def _of_one_scale(cases: Sequence[Case], unit: str) -> list[list[Case]]:

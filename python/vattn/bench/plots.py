@@ -64,8 +64,8 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     axes.grid(alpha=0.3, axis="both" if not panel.groups else "y")
     axes.set_axisbelow(True)
     if panel.groups:  # bars fill their axes: room for two names a row above them
-        axes.set_ylim(top=axes.get_ylim()[1] / (1 - 0.08 * -(-len(panel.curves) // 2)))
-        axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
+        axes.set_ylim(top=axes.get_ylim()[1] / (1 - min(0.6, 0.08 * -(-len(panel.curves) // 2))))
+        axes.legend(fontsize=6 if len(panel.curves) > 8 else 7, frameon=False, loc="upper left", ncols=2)
     else:
         axes.legend(fontsize=7, frameon=False, loc="best")
 
