@@ -41,7 +41,7 @@ _KNOWN: dict[str, Style] = {
     **dict.fromkeys(("vattn, mapper", "vattn step, mapper", "2 MiB, the library's layers a tensor"), Style(BLUE)),
     **dict.fromkeys(("decode", "create"), Style(BLUE)),
     # its variants
-    **dict.fromkeys(("vattn, C++", "VattnCache, vattn attention", "64 KiB"), Style(NAVY, "--")),
+    **dict.fromkeys(("vattn, C++", "VattnCache, vattn attention"), Style(NAVY, "--")),
     **dict.fromkeys(("of a pool", "VattnCache.pool", "vattn, cache", "reused row", "reused"), Style(SKY)),
     **dict.fromkeys(("vattn step", "vattn, no warm slots", "close", "prompts", "vattn, shuffled"), Style(SKY)),
     "vattn, tile 16": Style(NAVY, ":"),
@@ -113,7 +113,7 @@ _KNOWN: dict[str, Style] = {
     "Python, torch": Style(ORANGE),
     "Python, list": Style(AMBER),
     "Python, dict": Style(BROWN),
-    "most while growing": Style(NAVY),
+    **dict.fromkeys(("most while growing", "64 KiB"), Style(NAVY)),
     # references
     **dict.fromkeys(("loop of the same calls", "loop of the same calls, C++", "final size"), Style(GREY)),
     "the paper's, 64 KiB": Style("#5A6B8C"),

@@ -14,9 +14,12 @@ from typing import Any
 from vattn.bench.benchmark import Case
 from vattn.bench.palette import BLACK, style_of
 from vattn.bench.panels import Curve, Panel, panels_of
+from vattn.bench.report import amount
 
 COLUMNS = 2
 #: SVG files are the same for the same panels: no date, no random ids, text as text.
+_HATCHES = {"-": None, "--": "///", "-.": "xx", ":": "..."}  #: bars of the lines' styles
+MOST_SPREAD = 4  #: an axis goes no further than so many times the largest median; what is cut is said
 _SETTINGS: Any = {"svg.hashsalt": "vattn", "svg.fonttype": "none", "font.size": 9}
 
 
@@ -56,11 +59,10 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         _lines(axes, panel, scale)
     for label, level in panel.marks:
         axes.axhline(level, color=BLACK, linestyle=":", linewidth=1, label=label)
-    axes.set_title("\n".join(filter(None, [panel.title, *panel.notes])), fontsize=8)
     axes.set_ylabel("%" if panel.unit == "share" else panel.unit)
-    axes.set_ylim(bottom=0)
-    if axes.get_ylim()[1] < 1e-9 or not any(y for curve in panel.curves for y in curve.ys):
-        axes.set_ylim(0, 1)
+    top, cut = _top(panel)
+    axes.set_ylim(0, top * scale if top else axes.get_ylim()[1] if any(_medians(panel)) else 1)
+    axes.set_title("\n".join(filter(None, [panel.title, *panel.notes, cut])), fontsize=8)
     axes.grid(alpha=0.3, axis="both" if not panel.groups else "y")
     axes.set_axisbelow(True)
     if panel.groups:  # bars fill their axes: room for two names a row above them
@@ -68,6 +70,19 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.legend(fontsize=6 if len(panel.curves) > 8 else 7, frameon=False, loc="upper left", ncols=2)
     else:
         axes.legend(fontsize=7, frameon=False, loc="best")
+
+
+def _medians(panel: Panel) -> list[float]:
+    return [y for curve in panel.curves for y in curve.ys if y is not None]
+
+
+def _top(panel: Panel) -> tuple[float, str]:
+    """Where the axis ends if the spread would squeeze the medians, and the words that say so; else 0 and none."""
+    most = max(_medians(panel))
+    spread = max((y for curve in panel.curves for y in curve.high if y is not None), default=0.0)
+    if not 0 < MOST_SPREAD * most < spread:
+        return 0.0, ""
+    return MOST_SPREAD * most, f"the 90th percentile reaches {amount(spread, panel.unit)}, cut"
 
 
 def _lines(axes: Any, panel: Panel, scale: float) -> None:
@@ -113,6 +128,7 @@ def _bars(axes: Any, panel: Panel, scale: float) -> None:
         style = style_of(curve.arm)
         axes.bar(
             places, heights, width, color=style.colour, yerr=_whiskers(curve, present, scale), label=curve.arm,
+            hatch=_HATCHES[style.line], edgecolor="white" if style.line != "-" else style.colour, linewidth=0,
             error_kw={"linewidth": 0.8},
         )  # fmt: skip
         for place, height in zip(places, heights, strict=True):
