@@ -41,7 +41,11 @@ def write(results: Sequence[Result], docs: Path) -> None:
 def differences(results: Sequence[Result], docs: Path) -> list[str]:
     """What is not as the results make it, a line each."""
     made = pages(results)
-    found = [name for name, text in made.items() if not (docs / name).is_file() or (docs / name).read_text() != text]
+    found = [
+        name
+        for name, text in made.items()
+        if not (docs / name).is_file() or (docs / name).read_text(encoding="utf-8") != text
+    ]
     found += [
         name
         for name, result in pictures(results).items()
