@@ -33,6 +33,15 @@ with all that was measured beside it.
 """
 #: Pictures of the first page, in its order.
 SHOWN = ("hf_decode", "replay", "page_sizes", "demand", "overlap", "step")
+_SIMULATED = "Simulated, with the real allocator on `meta`"
+#: Benchmarks that are about GPUs and run without one.
+NO_GPU_RAN = {
+    "replay": _SIMULATED,
+    "demand": _SIMULATED,
+    "page_sizes": _SIMULATED,
+    "overlap": "Calls counted on the fake libcuda, and charged what was published for an A100",
+    "decode_wait": "Timed on a host, with the fake libcuda's calls as slow as published for an A100",
+}
 PAPER, TOKENS = "performance/paper.md", "performance/tokens_a_page.md"
 TOKEN_MODELS = ("yi-6b", "llama-3-8b", "yi-34b", "llama-3-70b", "qwen3-8b", "deepseek-v3")
 TOKEN_PAGES = (64 << 10, 128 << 10, 256 << 10, 2 << 20)
@@ -169,6 +178,8 @@ def benchmark(results: Sequence[Result]) -> str:
     """A benchmark with all its cases, machine after machine."""
     first = results[0]
     parts = [f"# {first.name}\n", f"{first.question} [What it compares, and how](../../bench/README.md).\n"]
+    if first.name in NO_GPU_RAN:
+        parts.append(f"**{NO_GPU_RAN[first.name]}: no figure here is a GPU's.**\n")
     if panels_for(first):
         parts.append(f"![{first.question}]({first.name}.svg)\n")
     for result in results:

@@ -83,6 +83,12 @@ def test_every_case_of_every_machine_is_told_on_the_benchmarks_own_page(tmp_path
     assert "![Is it fast?](made_up.svg)" in text
 
 
+@pytest.mark.parametrize("name", ["replay", "demand", "page_sizes", "overlap", "decode_wait"])
+def test_what_is_about_gpus_and_ran_without_one_says_so_on_its_page(name: str) -> None:
+    text = (ROOT / "docs" / "performance" / f"{name}.md").read_text()
+    assert "no figure here is a GPU's" in text.split("|")[0]
+
+
 def test_a_benchmarks_verdict_is_told_first(tmp_path: Path) -> None:
     write(tmp_path / "loom-7", "gpu", "made_up", [made_up(4)])
     path = tmp_path / "loom-7" / "made_up.json"
