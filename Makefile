@@ -10,7 +10,7 @@ RESULTS := $(CURDIR)/build/results
 READY := $(VENV)/.ready
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo test test-build test-cpp test-python test-gpu lint format stubs bench bench-micro bench-check bench-record instructions-program fuzz fuzz-build \
+.PHONY: help demo test test-build test-cpp test-python test-gpu lint format stubs bench pages bench-micro bench-check bench-record instructions-program fuzz fuzz-build \
 	sanitize sanitize-address sanitize-thread sanitize-build coverage mutants reliability soak wheel clean
 .DEFAULT_GOAL := help
 
@@ -52,6 +52,10 @@ stubs: $(READY)  ## write python/vattn/_core.pyi anew from the extension
 
 bench: $(READY)  ## the host suite: tables, JSON with every sample and pictures in a folder vattn-bench-<machine>
 	scripts/bench $(BIN)
+
+pages: $(READY)  ## write docs/performance.md, its folder and docs/reliability.md anew from the results that are committed
+	$(BIN)/python bench/performance.py
+	$(BIN)/python scripts/reliability.py --page
 
 bench-micro: $(READY)  ## single calls, with pytest-benchmark
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
@@ -107,9 +111,8 @@ mutants: $(READY)  ## seeded bugs, one at a time: how many the tests catch (an h
 	$(BIN)/python scripts/mutants.py --jobs $(JOBS)
 
 # What it reads was written to build/results by the other targets; what was not run is called so on the page.
-reliability: test fuzz sanitize coverage  ## run all that shows it, then write docs/reliability.md
-	$(BIN)/python scripts/reliability.py $(RESULTS) > build/reliability.md
-	mv build/reliability.md docs/reliability.md
+reliability: test fuzz sanitize coverage  ## run all that shows it, then write docs/reliability.md and .json
+	$(BIN)/python scripts/reliability.py $(RESULTS)
 
 # Every test that has a long form, seed after seed; each takes its own part of the time. A soak draws its first seed and prints
 # it; with SEED=N the same programs run again.

@@ -17,15 +17,19 @@ from vattn.bench.host import (
     cold_start,
     conversations,
     decode_wait,
+    demand,
     growth,
     hf_decode,
     loop,
     mappings,
     members,
+    overlap,
+    page_sizes,
     replay,
     step,
 )
 from vattn.tools.memories import PagedMemory
+from vattn.tools.synthetic import write_trace
 
 QUICK = Settings(quick=True)
 
@@ -180,6 +184,65 @@ def test_decode_wait_counts_the_steps_that_waited(fake: Any) -> None:
     found = measure(16)
     assert found["steps_waited_after_the_first"] == 1, "512 tokens end a page of 64"
     assert found["creates"] == 32 * 4 * 9
+
+
+def test_overlap_needs_the_fake_driver_and_says_so() -> None:
+    assert all("--fake-cuda" in case.skipped for case in overlap.run(QUICK))
+
+
+def test_overlap_charges_the_calls_of_a_step_and_not_the_mappers(fake: Any) -> None:
+    from conftest import FAKE_CUDA
+
+    measure = partial(process.measure, "vattn.bench.host.overlap", str(FAKE_CUDA))
+    ahead, not_ahead = (measure("decode", arm, 1, 70) for arm in (overlap.AHEAD, overlap.NOT_AHEAD))
+    assert set(ahead["charged_ms"]) == {0}
+    page_in_64_tensors = 64 * (193 + 1.5 + 36) / 1000
+    assert sorted(set(not_ahead["charged_ms"])) == [0, page_in_64_tensors]
+    assert not_ahead["charged_ms"].count(page_in_64_tensors) == 2, "a request begins a page every 32 steps"
+    assert not_ahead["calls"]["cuMemCreate"] == 2 * 64
+
+
+def test_overlap_charges_a_prompt_by_what_its_row_was_before(fake: Any) -> None:
+    from conftest import FAKE_CUDA
+
+    measure = partial(process.measure, "vattn.bench.host.overlap", str(FAKE_CUDA), "prompt")
+    charged = {arm: measure(arm, 16, 1024)["charged_ms"][0] for arm in overlap.PROMPT_ARMS}
+    pages, rows = 16 * 4, 4  # pages of 64 tokens, once for K and once for V in two tensors
+    assert charged[overlap.POOLED] == pytest.approx((pages * 1.5 + rows * 36) / 1000)
+    assert charged[overlap.COLD] == pytest.approx(charged[overlap.POOLED] + pages * 0.193)
+    assert charged[overlap.REUSED] == charged[overlap.AHEAD] == 0
+
+
+def test_demand_is_that_of_the_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vattn.bench.host.replay.write_trace", lambda path, **_more: write_trace(path, 60, 20))
+    (case,) = demand.run(QUICK)
+    check(case, "demand", {demand.DECODE, demand.DECODE_MOST, demand.PROMPTS, demand.ALL_MOST})
+    assert case.facts["requests"] == 60
+    edges, decode = case.facts["edges_s"], case.facts["decode_mb_s"]
+    total = sum(rate * (end - start) for rate, start, end in zip(decode, edges, edges[1:], strict=False))
+    assert total == pytest.approx(case.arm(demand.DECODE).median * case.facts["simulated_seconds"], rel=0.01)
+    assert case.arm(demand.DECODE).median < case.arm(demand.PROMPTS).median < case.arm(demand.ALL_MOST).median
+
+
+def test_small_pages_hold_more_requests_than_large_ones_and_slicing_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vattn.bench.host.replay.write_trace", lambda path, **_more: write_trace(path, 300, 20))
+    about, trace = page_sizes.run(QUICK)
+    for case in (about, trace):
+        arms = {page_sizes.SMALL, page_sizes.LARGE, page_sizes.CHOSEN, page_sizes.SLICED, page_sizes.PAGED}
+        check(case, "page_sizes", arms)
+        assert case.ratio(page_sizes.SMALL, page_sizes.LARGE) > 1.2
+        assert case.ratio(page_sizes.SLICED, page_sizes.SMALL) == pytest.approx(1, abs=0.02)
+        assert case.arm(page_sizes.PAGED).median >= case.arm(page_sizes.SMALL).median
+    assert (about.facts["tokens_per_page, 64 KiB"], about.facts["tokens_per_page, 2 MiB"]) == (64, 2048)
+    assert about.parameters["memory_gib"] == 59.6
+    assert 3900 < about.facts["mean_length"] < 4100
+
+
+def test_a_memory_without_a_limit_to_be_seen_is_an_error() -> None:
+    worker, memory = page_sizes.worker_of({"model": "yi-6b", "workers": 1, "memory_gib": 1})
+    assert (worker.num_kv_heads, memory) == (4, 1 << 30)
+    with pytest.raises(RuntimeError, match="all 3 requests fit"):
+        page_sizes.held(worker, memory, "64KiB", 1, [10, 10, 10])
 
 
 def test_a_measurement_that_fails_in_its_process_says_why() -> None:

@@ -278,13 +278,14 @@ def test_labels_tell_cases_apart_and_say_once_what_they_share() -> None:
 def test_the_gpu_suite_is_whole_and_begins_with_what_is_right() -> None:
     names = [benchmark.name for benchmark in benchmarks("gpu")]
     assert names[0] == "boundaries"
-    assert set(names) == {"boundaries", "driver", "kernel_prefill", "kernel_decode", "gpu_step", "decode", "batch"}
+    kernels = {"kernel_prefill", "kernel_decode", "kernel_pages", "prefill_rows", "hf"}
+    assert set(names) == {"boundaries", "driver", "gpu_step", "decode", "batch"} | kernels
 
 
 def test_the_registry_knows_every_module_once() -> None:
     host = [benchmark.name for benchmark in benchmarks("host")]
-    wanted = ["step", "loop", "growth", "append", "members", "replay", "cold_start", "mappings", "decode_wait"]
-    wanted += ["hf_decode", "conversations"]
+    wanted = ["step", "loop", "growth", "append", "members", "replay", "demand", "page_sizes", "cold_start", "mappings"]
+    wanted += ["decode_wait", "overlap", "hf_decode", "conversations"]
     assert host == wanted
     both = [benchmark.name for benchmark in benchmarks("all")]
     assert len(set(both)) == len(both), "files of both suites lie in one folder"

@@ -56,9 +56,11 @@ def test_a_replay_is_drawn_with_all_three_and_says_what_it_is(
     assert width >= 1200
     assert height >= 800
     (figure,) = drawn
-    memory, running = figure.axes
+    memory, running, asked = figure.axes
     assert (memory.get_ylabel(), running.get_ylabel()) == ("memory (GiB)", "running requests")
-    assert running.get_xlabel() == "simulated time (s)"
+    assert asked.get_ylabel() == "memory asked for (MB/s)"
+    assert asked.get_xlabel() == "simulated time (s)"
+    assert labels(asked) == ["vattn: by prompts", "vattn: by new tokens"]
     assert labels(memory)[:2] == ["vattn: mapped", "paged, 16 tokens: held"]
     assert labels(memory)[2].startswith("static: held")
     assert labels(memory)[3:] == ["vattn: needed by tokens", "the budget"]
@@ -70,7 +72,7 @@ def test_a_replay_is_drawn_with_all_three_and_says_what_it_is(
 
 def test_what_is_drawn_is_what_was_counted(trace: str, tmp_path: Path, drawn: list[Any]) -> None:
     assert main(["replay", trace, *SMALL, "--plot", str(tmp_path / "a.png")]) == 0
-    memory, running = drawn[0].axes
+    memory, running, _asked = drawn[0].axes
     mapped, paged, static, used = (patch.get_data() for patch in memory.patches)
     budget = 8 * MIB / plots.GIB
     assert memory.lines[0].get_ydata()[0] == budget
@@ -85,7 +87,7 @@ def test_a_static_cache_that_takes_far_longer_does_not_squeeze_the_others(
     trace: str, tmp_path: Path, drawn: list[Any]
 ) -> None:
     assert main(["replay", trace, *SMALL, "--plot", str(tmp_path / "a.png")]) == 0
-    memory, _running = drawn[0].axes
+    memory, _running, _asked = drawn[0].axes
     vattn_end, static_end = (memory.patches[i].get_data().edges[-1] for i in (0, 2))
     assert static_end > 1.5 * vattn_end, "this trace is not one of those"
     assert vattn_end < memory.get_xlim()[1] < static_end

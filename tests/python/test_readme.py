@@ -145,7 +145,22 @@ def test_the_figures_of_decode_wait_are_the_results() -> None:
     assert "one step waits, right after the prompts, which end where their pages do; without the mapper 32 do" in SAID
 
 
+def test_the_figures_of_demand_and_of_page_sizes_are_the_results() -> None:
+    asked = medians("demand", model="llama-3-8b", speed=1)
+    assert f"New tokens of that service ask for {asked['decode, mean']:.0f} MB/s at its own speed" in SAID
+    assert f"never for more than {asked['decode, most in a second']:.0f} MB/s in a second" in SAID
+    assert f"Prompts ask for {asked['prompts, mean']:.0f} MB/s besides." in SAID
+    held = medians("page_sizes", model="llama-3-8b", lengths="about 4,000")
+    assert (
+        f"holds {held['64 KiB']:.0f} requests of about 4,000 tokens in pages of 64 KiB and {held['2 MiB']:.0f} in"
+        in SAID
+    )
+    chosen = held["2 MiB, the library's layers a tensor"]
+    assert f"with the layers a tensor that the library chooses, pages of 2 MiB hold {chosen:.0f} too" in SAID
+    assert chosen == held["64 KiB"]
+
+
 def test_every_benchmark_that_the_readme_names_is_one() -> None:
     named = set(re.findall(r"\[`(\w+)`", README))
-    assert named == {"replay", "step", "append", "decode_wait", "mappings"}
+    assert named == {"replay", "demand", "page_sizes", "step", "append", "decode_wait", "mappings"}
     assert named <= {path.stem for path in (ROOT / "python/vattn/bench/host").glob("*.py")}

@@ -68,7 +68,7 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
 
 def test_json_has_exactly_the_agreed_keys(trace: Path, tmp_path: Path) -> None:
     found = replay(trace, f"{SMALL} --device meta --memory 8MiB --max-batch 32", tmp_path)
-    assert set(found) == {"requests", "finished", "refused", "seconds", "vattn", "paged_16", "static"}
+    assert set(found) == {"requests", "finished", "refused", "seconds", "vattn", "paged_16", "static", "asked_for"}
     assert set(found["vattn"]) == VATTN
     assert set(found["paged_16"]) == set(found["static"]) == COMMON
     assert found["requests"] == found["finished"] == 200
@@ -84,6 +84,25 @@ def test_json_has_exactly_the_agreed_keys(trace: Path, tmp_path: Path) -> None:
     assert 0 < found["vattn"]["steps_waited"] < found["vattn"]["steps"]
     assert 0 < found["vattn"]["step_us_p50"] <= found["vattn"]["step_us_p99"]
     assert found["vattn"]["verified_bytes"] == 0
+
+
+def test_json_has_the_memory_asked_for_over_time(trace: Path, tmp_path: Path) -> None:
+    found = replay(trace, f"{SMALL} --device meta --memory 8MiB --max-batch 32", tmp_path)
+    asked = found["asked_for"]
+    rates = {f"{name}_bytes_per_second" for name in ("mean", "mean_decode", "mean_prompts", "most", "most_decode")}
+    assert {name: set(values) - {"over_time"} for name, values in asked.items()} == dict.fromkeys(
+        ("vattn", "paged_16", "static"), rates
+    )
+    assert asked["static"]["mean_decode_bytes_per_second"] == 0
+    ours, over_time = asked["vattn"], asked["vattn"]["over_time"]
+    assert 0 < ours["mean_decode_bytes_per_second"] < ours["mean_bytes_per_second"] < ours["most_bytes_per_second"]
+    edges = over_time["edges_seconds"]
+    assert edges[-1] == pytest.approx(found["vattn"]["simulated_seconds"])
+    for by in ("decode", "prompts"):
+        rates_over_time = over_time[f"{by}_bytes_per_second"]
+        assert len(rates_over_time) == len(edges) - 1 <= 64
+        total = sum(rate * (end - start) for rate, start, end in zip(rates_over_time, edges, edges[1:], strict=False))
+        assert total == pytest.approx(ours[f"mean_{by}_bytes_per_second"] * edges[-1])
 
 
 def without_times(found: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +125,7 @@ def test_looking_ahead_changes_who_waits_and_not_what_fits(trace: Path, tmp_path
         assert (ahead["vattn"]["lookahead_tokens"], not_ahead["vattn"]["lookahead_tokens"]) == (300, 0)
         for name in COMMON:
             assert ahead["vattn"][name] == not_ahead["vattn"][name], name
+        assert ahead["asked_for"] == not_ahead["asked_for"]
     # In the larger of the two, memory is never short: once a prompt has its pages, the mapper is there first.
     figures = ahead["vattn"]
     waited = figures["prompts"] * (1 - figures["prompts_without_driver_call"])
@@ -191,6 +211,10 @@ def test_the_table_names_every_figure_and_is_plain_when_redirected(
         "concurrent requests, mean",
         "waste",
         "preemptions",
+        "memory asked for, mean",
+        "of it for new tokens of running requests",
+        "memory asked for, most in a second",
+        "memory asked of vattn: the most since the line above",
         "prompts, the first 500 left out",
         "of them, no page created",
         "of them, no driver call",

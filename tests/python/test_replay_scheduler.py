@@ -58,6 +58,10 @@ class Diary:
     def usage(self) -> tuple[int, int, int]:
         return self.inner.usage()
 
+    @property
+    def asked_bytes(self) -> int:
+        return self.inner.asked_bytes
+
 
 def test_one_request_runs_an_iteration_a_token_and_its_figures_are_exact() -> None:
     figures = simulate(workload([(0, 10, 8)]), paged(4))
@@ -157,6 +161,7 @@ class PageMemory:
     def __init__(self, pages: PageMath, budget: int, max_batch: int, max_seq_len: int) -> None:
         self.pages, self.budget = pages, budget
         self.lengths = [0] * max_batch
+        self.asked_bytes = 0
         self.free_slots = list(range(max_batch - 1, -1, -1))
         fitting = (n for n in range(max_seq_len, 0, -1) if pages.mapped_bytes(n) <= budget)
         self.longest = next(fitting, 0)
@@ -166,6 +171,7 @@ class PageMemory:
             return -1
         slot = self.free_slots.pop()
         self.lengths[slot] = tokens
+        self.asked_bytes += self.pages.mapped_bytes(tokens)
         return slot
 
     def grow(self, lengths: array[int], active: Sequence[int]) -> bool:
@@ -173,6 +179,7 @@ class PageMemory:
         if self._mapped() > self.budget:
             self.lengths = before
             return False
+        self.asked_bytes += self._mapped() - sum(map(self.pages.mapped_bytes, before))
         return True
 
     def release(self, slot: int) -> None:

@@ -34,7 +34,7 @@ def test_time_in_which_nothing_runs_counts_as_nothing() -> None:
 
 
 def test_a_run_without_iterations_has_no_points() -> None:
-    assert Recorder(SECOND).series() == Series((0.0,), (), (), ())
+    assert Recorder(SECOND).series() == Series((0.0,), (), (), (), (), ())
 
 
 @pytest.mark.parametrize("requests", [20, 200, 2000])
@@ -77,3 +77,28 @@ def test_a_gap_of_years_costs_no_memory() -> None:
     series = simulate(work, paged(4)).series
     assert len(series.running) <= MOST_POINTS
     assert integral(series, series.running) == pytest.approx(10 * 0.025)
+
+
+def test_what_is_asked_for_is_a_quantity_and_becomes_one_a_second() -> None:
+    recorder = Recorder(SECOND // 4)
+    recorder.add(0, 1, 1, 1, prompt_bytes=100, decode_bytes=3)
+    recorder.add(SECOND // 4, 1, 1, 1, decode_bytes=1)
+    series = recorder.series()
+    assert series.prompt_bytes_per_s == (400, 0)
+    assert series.decode_bytes_per_s == (12, 4)
+    assert integral(series, series.prompt_bytes_per_s) == 100
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 8, 9, 5000])
+def test_a_coarser_series_has_fewer_points_and_the_same_integrals(most: int) -> None:
+    series = figures_of(200, 0.3).series
+    coarser = series.coarser(most)
+    assert len(coarser.running) <= most
+    assert len(coarser.edges_s) == len(coarser.running) + 1
+    assert (coarser.edges_s[0], coarser.edges_s[-1]) == (series.edges_s[0], series.edges_s[-1])
+    for name in ("running", "used_bytes", "mapped_bytes", "prompt_bytes_per_s", "decode_bytes_per_s"):
+        assert integral(coarser, getattr(coarser, name)) == pytest.approx(integral(series, getattr(series, name))), name
+
+
+def test_a_series_without_points_has_none_when_coarser() -> None:
+    assert Recorder(SECOND).series().coarser(4) == Recorder(SECOND).series()

@@ -6,9 +6,12 @@ Thread: the one that owns the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vattn.bench.benchmark import Arm, Bound, Case
 from vattn.tools.table import print_table
+
+MOST_LISTED = 3
 
 
 def number(value: float) -> str:
@@ -74,6 +77,13 @@ def bound_line(case: Case, bound: Bound) -> str:
     return f"{verdict}: {bound.name}{where}: {of} = {shown}, {' and '.join(limits)}"
 
 
+def plain_facts(case: Case) -> dict[str, Any]:
+    """The facts that fit a line; long lists stay in the JSON."""
+    return {
+        name: value for name, value in case.facts.items() if not isinstance(value, list) or len(value) <= MOST_LISTED
+    }
+
+
 def print_report(title: str, cases: Sequence[Case]) -> None:
     """All of a benchmark's cases."""
     measured = [case for case in cases if not case.skipped]
@@ -93,7 +103,7 @@ def print_report(title: str, cases: Sequence[Case]) -> None:
         elif case.facts:
             print(
                 f"  {case.label or case.bench}: "
-                + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in case.facts.items())
+                + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in plain_facts(case).items())
             )
     for case in cases:
         for bound in case.bounds if not case.skipped else ():

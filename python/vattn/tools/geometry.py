@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Bytes an element of each dtype takes, by the name torch uses.
 DTYPE_BYTES = {
@@ -51,6 +51,12 @@ class Geometry:
     def token_bytes(self) -> int:
         """Bytes one token takes in all layers, K and V together."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim) * self.itemsize
+
+    def split(self, workers: int) -> Geometry:
+        """What one of several workers has that share the KV heads; ValueError where they cannot be shared evenly."""
+        if workers < 1 or self.num_kv_heads % workers:
+            raise ValueError(f"workers={workers} does not divide num_kv_heads={self.num_kv_heads}")
+        return replace(self, num_kv_heads=self.num_kv_heads // workers)
 
     def __str__(self) -> str:
         name = f"{self.name}: " if self.name else ""

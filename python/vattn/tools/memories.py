@@ -33,6 +33,7 @@ class PagedMemory:
         self.tokens = array("q", bytes(8 * max_batch))  # in use, by slot
         self.room = array("q", bytes(8 * max_batch))  # tokens the slot's blocks can hold
         self.total_tokens = 0
+        self.asked_bytes = 0
 
     def admit(self, request: int, tokens: int) -> int:
         blocks = -(-tokens // self.block_tokens)
@@ -40,6 +41,7 @@ class PagedMemory:
             return -1
         slot = self.free_slots.pop()
         self.free_blocks -= blocks
+        self.asked_bytes += blocks * self.block_tokens * self.token_bytes
         self.tokens[slot], self.room[slot] = tokens, blocks * self.block_tokens
         self.total_tokens += tokens
         return slot
@@ -50,6 +52,7 @@ class PagedMemory:
         if len(full) > self.free_blocks:
             return False
         self.free_blocks -= len(full)
+        self.asked_bytes += len(full) * self.block_tokens * self.token_bytes
         for slot in full:
             room[slot] += self.block_tokens
         tokens = self.tokens
@@ -80,11 +83,13 @@ class StaticMemory:
         self.free_slots = list(range(self.slots - 1, -1, -1))
         self.tokens = array("q", bytes(8 * max_batch))
         self.total_tokens = 0
+        self.asked_bytes = 0
 
     def admit(self, request: int, tokens: int) -> int:
         if not self.free_slots:
             return -1
         slot = self.free_slots.pop()
+        self.asked_bytes += self.slot_bytes
         self.tokens[slot] = tokens
         self.total_tokens += tokens
         return slot

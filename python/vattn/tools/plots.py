@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vattn.bench.palette import SKY, style_of
 from vattn.tools.options import UsageError, os_error
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg", ".pdf")
 GIB, MIB = 1024**3, 1024**2
-
-# Colours that stay apart for the colour-blind (Okabe and Ito), and line styles that do in print.
-_BLUE, _SKY, _ORANGE, _GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
+MB = 10**6
 
 
 def check(path: str | None) -> None:
@@ -59,34 +58,40 @@ def save(figure: Any, path: str) -> None:
 
 
 def replay_figure(title: str, budget: int, arms: Sequence[tuple[str, Figures]]) -> Any:
-    """A replay over simulated time: memory above, running requests below.
+    """A replay over simulated time: memory above, running requests below, then the memory that vattn was asked for.
 
     Args:
         title: trace, model and memory; lines.
         budget: bytes, the same for every arm.
         arms: the name and the figures of vattn, of paging and of the static cache, in that order.
     """
-    figure = _figure_class()(figsize=(10, 7), layout="constrained")
+    figure = _figure_class()(figsize=(10, 9), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    memory, running = figure.subplots(2, 1, sharex=True)
+    memory, running, asked = figure.subplots(3, 1, sharex=True)
     (_, ours), (_, paged), (_, static) = arms
     # A static cache may take ten times as long as the others, who would be a stroke at the left of its picture.
     end = 1.05 * max(ours.series.edges_s[-1], paged.series.edges_s[-1]) or 1.0
     static_end = static.series.edges_s[-1]
     note = f", runs until {static_end:,.0f} s" if static_end > end else ""
-    styles = ((_BLUE, "-", "mapped"), (_ORANGE, "--", "held"), (_GREEN, "-", f"held{note}"))
-    for (name, figures), (colour, line, held) in zip(arms, styles, strict=True):
-        series = figures.series
+    styles = (("-", "mapped"), ("--", "held"), ("-", f"held{note}"))  # that stay apart in print too
+    for (name, figures), (line, held) in zip(arms, styles, strict=True):
+        series, colour = figures.series, style_of(name).colour
         _stairs(memory, series.edges_s, series.mapped_bytes, GIB, color=colour, linestyle=line, label=f"{name}: {held}")
         _stairs(running, series.edges_s, series.running, 1, color=colour, linestyle=line, label=name)
     used = ours.series
-    _stairs(memory, used.edges_s, used.used_bytes, GIB, color=_SKY, linestyle="-", label="vattn: needed by tokens")
+    _stairs(memory, used.edges_s, used.used_bytes, GIB, color=SKY, linestyle="-", label="vattn: needed by tokens")
     memory.axhline(budget / GIB, color="black", linewidth=0.8, linestyle=":", label="the budget")
+    for values, colour, by in (
+        (used.prompt_bytes_per_s, style_of("prompts").colour, "vattn: by prompts"),
+        (used.decode_bytes_per_s, style_of("decode").colour, "vattn: by new tokens"),
+    ):
+        _stairs(asked, used.edges_s, values, MB, color=colour, linestyle="-", label=by)
     memory.set_xlim(0, end)
     memory.set_ylabel("memory (GiB)")
     running.set_ylabel("running requests")
-    running.set_xlabel("simulated time (s)")
-    for axes in (memory, running):
+    asked.set_ylabel("memory asked for (MB/s)")
+    asked.set_xlabel("simulated time (s)")
+    for axes in (memory, running, asked):
         _finish(axes)
     return figure
 
@@ -102,8 +107,8 @@ def memory_figure(title: str, what: str, curves: Sequence[tuple[str, Sequence[in
     figure = _figure_class()(figsize=(8, 4.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots()
-    for (name, tokens, held), colour in zip(curves, (_ORANGE, _BLUE, _GREEN), strict=False):
-        axes.step(tokens, [bytes_ / MIB for bytes_ in held], where="post", color=colour, label=name)
+    for name, tokens, held in curves:
+        axes.step(tokens, [bytes_ / MIB for bytes_ in held], where="post", color=style_of(name).colour, label=name)
     axes.set_xlabel("tokens in the cache")
     axes.set_ylabel(f"{what} (MiB)")
     _finish(axes)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vattn.errors import Error
 from vattn.sizes import format_size
 from vattn.tools import plots
+from vattn.tools.curve import plain_curves
 from vattn.tools.geometry import Geometry
 from vattn.tools.memories import PagedMemory, StaticMemory
 from vattn.tools.options import CheckError, UsageError, model_of, os_error
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 #: The budget on meta, where no memory says how much there is.
 DEFAULT_META_MEMORY = 40 * 1024**3
 DEFAULT_META_PAGE = 2 * 1024**2  # the library's
+MOST_STRETCHES = 64  # of time, in the JSON
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Report:
             },
             "paged_16": _common(self.paged_16),
             "static": _common(self.static),
+            "asked_for": {
+                "vattn": self.vattn.asked.to_json() | {"over_time": _over_time(self.vattn)},
+                "paged_16": self.paged_16.asked.to_json(),
+                "static": self.static.asked.to_json(),
+            },
         }
 
     def figure(self) -> Any:
@@ -106,6 +113,10 @@ class Report:
             ["bytes mapped, mean", *(format_size(arm.mapped_bytes) for arm in arms)],
             ["waste", *(f"{arm.waste:.2%}" for arm in arms)],
             ["preemptions", *(f"{arm.preemptions:,}" for arm in arms)],
+            ["memory asked for, mean", *(_rate(arm.asked.mean) for arm in arms)],
+            ["of it for new tokens of running requests", *(_rate(arm.asked.mean_decode) for arm in arms)],
+            ["memory asked for, most in a second", *(_rate(arm.asked.most) for arm in arms)],
+            ["of new tokens, most in a second", *(_rate(arm.asked.most_decode) for arm in arms)],
             ["bytes reclaimable, mean", format_size(self.vattn.reclaimable_bytes), "", ""],
             [f"prompts, the first {self.warm_up:,} left out", f"{self.admissions.prompts:,}", "", ""],
             ["of them, no page created", _share(self.admissions.no_create_share), "", ""],
@@ -118,6 +129,18 @@ class Report:
         if self.verified_bytes:
             rows.append(["bytes verified", format_size(self.verified_bytes), "", ""])
         print_table(self.title, ["", "vattn", "paged, 16 tokens", "static"], rows)
+        print(f"\n{self._asked_for()}")
+
+    def _asked_for(self) -> str:
+        """What vattn was asked for over time, drawn in characters."""
+        series = self.vattn.series
+        points = [round(edge) for edge in series.edges_s[1:]] or [0]
+        curves = [
+            ("by new tokens", [round(each) for each in series.decode_bytes_per_s] or [0]),
+            ("by prompts", [round(each) for each in series.prompt_bytes_per_s] or [0]),
+        ]
+        title = "memory asked of vattn: the most since the line above"
+        return plain_curves(title, "simulated s", points, curves, _rate)
 
     def _waiting(self) -> list[list[str]]:
         """Where no time passes between two steps, a step that finds pages missing has not waited for anybody."""
@@ -128,6 +151,21 @@ class Report:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
+
+
+def _rate(bytes_per_second: float) -> str:
+    """As the literature has it: 1 MB is a million bytes."""
+    return f"{bytes_per_second / 1e6:,.0f} MB/s"
+
+
+def _over_time(figures: Figures) -> dict[str, list[float]]:
+    """Stretches of simulated time, and what was asked for in each, a second."""
+    series = figures.series.coarser(MOST_STRETCHES)
+    return {
+        "edges_seconds": list(series.edges_s),
+        "decode_bytes_per_second": list(series.decode_bytes_per_s),
+        "prompts_bytes_per_second": list(series.prompt_bytes_per_s),
+    }
 
 
 def _common(figures: Figures) -> dict[str, Any]:

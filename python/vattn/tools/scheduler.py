@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vattn.tools.asked import Asked, AskedCounter
 from vattn.tools.series import Recorder, Series
 
 
@@ -33,6 +34,7 @@ class Memory(Protocol):
     """What the scheduler asks of a memory. Slots are small integers, below the batch limit."""
 
     longest: int  # tokens of the longest request it could hold with nothing else in it
+    asked_bytes: int  # that ``admit`` and ``grow`` made slots hold which did not hold them, since the beginning
 
     def admit(self, request: int, tokens: int) -> int:
         """Return a slot with memory for ``tokens``, or -1 with nothing changed."""
@@ -75,6 +77,7 @@ class Figures:
     reclaimable_bytes: int
     waste: float
     preemptions: int
+    asked: Asked  # memory newly needed, a second
     series: Series  # the same over time
 
 
@@ -101,7 +104,9 @@ class _Run:
         self.end_ns = 0
         # Sums over iterations; times the length of one, these are integrals over time.
         self.sum_active = self.sum_used = self.sum_mapped = self.sum_reclaimable = 0
+        self.prompt_bytes = self.decode_bytes = 0  # asked for in this iteration
         self.recorder = Recorder(work.iteration_ns)
+        self.asked = AskedCounter(work.iteration_ns)
 
     def run(self) -> Figures:
         work, queue = self.work, self.queue
@@ -111,8 +116,12 @@ class _Run:
             while arrived < total and arrivals[arrived] <= clock:
                 self._arrive(arrived)
                 arrived += 1
-            if not self._grow() and queue and not self.blocked:
+            asked = self.memory.asked_bytes
+            preempted = self._grow()
+            grown = self.memory.asked_bytes
+            if not preempted and queue and not self.blocked:
                 self._admit()
+            self.decode_bytes, self.prompt_bytes = grown - asked, self.memory.asked_bytes - grown
             if not self.active:
                 if queue:
                     continue  # alone and preempted: refused in _grow, or the next in the queue gets its turn
@@ -175,7 +184,8 @@ class _Run:
         self.sum_used += used
         self.sum_mapped += mapped
         self.sum_reclaimable += reclaimable
-        self.recorder.add(clock, count, used, mapped)
+        self.recorder.add(clock, count, used, mapped, self.prompt_bytes, self.decode_bytes)
+        self.asked.add(clock, self.prompt_bytes, self.decode_bytes)
 
     def _retire(self, clock: int) -> None:
         """Free the slots whose requests have all their tokens."""
@@ -215,5 +225,6 @@ class _Run:
             reclaimable_bytes=round(mean(self.sum_reclaimable)),
             waste=1 - self.sum_used / self.sum_mapped if self.sum_mapped else 0.0,
             preemptions=self.preemptions,
+            asked=self.asked.asked(self.end_ns),
             series=self.recorder.series(),
         )

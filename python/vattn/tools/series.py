@@ -1,4 +1,4 @@
-"""A run over time in bounded memory: what was running, what it used, what it held.
+"""A run over time in bounded memory: what was running, what it used, what it held, what it asked for.
 
 Promise: at most :data:`MOST_POINTS` points however long the run. Each is the mean over a stretch of time, all stretches
 equally long, and time in which nothing ran counts as nothing; so the points' mean, weighted by their time, is the
@@ -22,6 +22,23 @@ class Series:
     running: tuple[float, ...]  # requests
     used_bytes: tuple[float, ...]
     mapped_bytes: tuple[float, ...]
+    prompt_bytes_per_s: tuple[float, ...]  # asked for by prompts
+    decode_bytes_per_s: tuple[float, ...]  # asked for by new tokens of running requests
+
+    def coarser(self, most: int) -> Series:
+        """The same in at most ``most`` points: neighbours together, all of them equally many."""
+        count = len(self.running)
+        together = max(1, -(-count // most))
+        firsts = range(0, count, together)
+        edges = (*(self.edges_s[first] for first in firsts), self.edges_s[-1])
+
+        def mean(values: tuple[float, ...], first: int) -> float:
+            end = min(first + together, count)
+            lasts = self.edges_s[end] - self.edges_s[first]
+            return sum(values[i] * (self.edges_s[i + 1] - self.edges_s[i]) for i in range(first, end)) / lasts
+
+        columns = (self.running, self.used_bytes, self.mapped_bytes, self.prompt_bytes_per_s, self.decode_bytes_per_s)
+        return Series(edges, *(tuple(mean(values, first) for first in firsts) for values in columns))
 
 
 class Recorder:
@@ -31,14 +48,24 @@ class Recorder:
         self.iteration_ns = iteration_ns
         self.stretch_ns = iteration_ns
         self.end_ns = 0  # of the last iteration
-        self.sums: list[list[int]] = [[], [], []]  # running, used, mapped: over the iterations of each stretch
+        # Running, used, mapped, asked for by prompts and by decode: over the iterations of each stretch.
+        self.sums: list[list[int]] = [[], [], [], [], []]
 
-    def add(self, start_ns: int, running: int, used_bytes: int, mapped_bytes: int) -> None:
+    def add(
+        self,
+        start_ns: int,
+        running: int,
+        used_bytes: int,
+        mapped_bytes: int,
+        prompt_bytes: int = 0,
+        decode_bytes: int = 0,
+    ) -> None:
         """An iteration that begins at ``start_ns``, which is never before the end of the last one."""
         while start_ns // self.stretch_ns >= MOST_POINTS:
             self._double()
         index = start_ns // self.stretch_ns
-        for sums, value in zip(self.sums, (running, used_bytes, mapped_bytes), strict=True):
+        values = (running, used_bytes, mapped_bytes, prompt_bytes, decode_bytes)
+        for sums, value in zip(self.sums, values, strict=True):
             if index >= len(sums):
                 sums.extend([0] * (index + 1 - len(sums)))
             sums[index] += value
@@ -52,8 +79,10 @@ class Recorder:
     def series(self) -> Series:
         """The means so far. An iteration counts where it begins."""
         edges = [i * self.stretch_ns for i in range(len(self.sums[0]))] + [self.end_ns]
+        # The first three last as long as their iteration; what is asked for is a quantity, and becomes one a second.
+        lasts = (self.iteration_ns, self.iteration_ns, self.iteration_ns, 10**9, 10**9)
         means = [
-            tuple(total * self.iteration_ns / (edges[i + 1] - edges[i]) for i, total in enumerate(sums))
-            for sums in self.sums
+            tuple(total * ns / (edges[i + 1] - edges[i]) for i, total in enumerate(sums))
+            for sums, ns in zip(self.sums, lasts, strict=True)
         ]
         return Series(tuple(edge / 1e9 for edge in edges), *means)

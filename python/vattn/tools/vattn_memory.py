@@ -57,6 +57,7 @@ class VattnMemory:
         self._before = cache.stats() if warm_up == 0 else None  # when the warm-up was over
         self.step_ns = array("q")  # duration of each call of step
         self.longest = _longest(cache)
+        self.asked_bytes = 0
 
     def admit(self, request: int, tokens: int) -> int:
         try:
@@ -88,8 +89,7 @@ class VattnMemory:
     def usage(self) -> tuple[int, int, int]:
         self.cache.settle()
         stats = self.cache.stats()
-        # Reclaimable pages are mapped, but not for an active slot: anyone may have them.
-        return stats.used_bytes, stats.mapped_bytes - stats.reclaimable_bytes, stats.reclaimable_bytes
+        return stats.used_bytes, _held(stats), stats.reclaimable_bytes
 
     def admissions(self) -> Admissions:
         """The prompts admitted after the warm-up; none if there were no more than that."""
@@ -110,6 +110,7 @@ class VattnMemory:
         return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] / 1000
 
     def _step(self, lengths: dict[int, int] | array[int]) -> bool:
+        before = _held(self.cache.stats())
         start = perf_counter_ns()
         try:
             self.cache.step(lengths)
@@ -117,7 +118,13 @@ class VattnMemory:
             return False
         finally:
             self.step_ns.append(perf_counter_ns() - start)
+        self.asked_bytes += _held(self.cache.stats()) - before
         return True
+
+
+def _held(stats: vattn.Stats) -> int:
+    """Reclaimable pages are mapped, but not for an active slot's tokens: anyone may have them."""
+    return stats.mapped_bytes - stats.reclaimable_bytes
 
 
 def _longest(cache: vattn.KVCache) -> int:

@@ -1,0 +1,1 @@
+"""What `bench/performance.py` makes docs/performance.md and docs/performance/ of."""
