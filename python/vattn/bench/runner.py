@@ -40,6 +40,7 @@ class Outcome:
     judged: int = 0
     not_held: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    sized: list[str] = field(default_factory=list)  #: how much was taken on, where that depends on the free memory
     stopped: bool = False
 
 
@@ -163,6 +164,8 @@ def finish(benchmark: Benchmark, file: ResultFile, outcome: Outcome) -> bool:
     cases = [case_from_json(case) for case in file.cases]
     print_report(f"{benchmark.name}: {benchmark.question}", cases)
     for case in cases:
+        if line := case.facts.get("sized"):
+            outcome.sized.append(f"{benchmark.name}: {line}")
         for bound in case.bounds if not case.skipped else ():
             outcome.judged += 1
             if not bound.is_held(case):
@@ -180,6 +183,8 @@ def conclude(outcome: Outcome, check: bool) -> int:
         print("stopped at the time given; the same command goes on from here")
     if outcome.failed:
         print(f"failed: {', '.join(outcome.failed)}")
+    for line in dict.fromkeys(outcome.sized):
+        print(line)
     return 1 if outcome.failed or (check and outcome.not_held) else 0
 
 

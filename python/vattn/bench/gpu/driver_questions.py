@@ -62,8 +62,8 @@ def jobs(settings: Settings) -> list[tuple[dict[str, Any], Callable[[int], Case]
         ({"question": 4, "asked_of": "read-only"}, write_to_read_only),
         ({"question": 4, "asked_of": "part"}, partial(part_of_a_handle, first)),
         ({"question": 4, "asked_of": "offset"}, partial(part_of_a_handle, offset)),
-        *(({"question": 5, "after": how}, partial(zeroed, size)) for how in ("release", "exit", "kill")),
         ({"question": 6}, partial(beside_running_kernels, size)),
+        *(({"question": 5, "after": how}, partial(zeroed, size)) for how in ("release", "exit", "kill")),
     ]
     parameters = [{"part": "question", **each} for each, _ in found]
     return [(each, partial(work, each)) for each, (_, work) in zip(parameters, found, strict=True)]
