@@ -56,7 +56,21 @@ def device(request: pytest.FixtureRequest) -> str:
     """Each device the contract holds on."""
     if request.param == "cuda":
         skip_without_cuda()
+        request.getfixturevalue("held_context")
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def held_context() -> Iterator[None]:
+    """A reference to the primary context, from the first test on cuda to the last: closing the only cache would destroy
+    it, and the next one make it anew, most of a second on a GPU."""
+    from vattn.bench.gpu.libcuda import Libcuda
+
+    cuda = Libcuda()
+    cuda.leave()  # it is current where somebody makes it so
+    yield
+    cuda.enter()
+    cuda.close()
 
 
 def skip_without_cuda() -> None:
@@ -65,10 +79,11 @@ def skip_without_cuda() -> None:
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeCuda]:
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
     """The fake driver library, with nothing failing; every test ends without having broken a rule of the real one."""
     if FAKE_CUDA is None:
         pytest.skip("needs the fake driver library")
+    request.getfixturevalue("held_context")
     from fake_cuda import FakeCuda
 
     library = FakeCuda()
