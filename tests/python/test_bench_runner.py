@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 
 import vattn.bench.runner as runner
+from conftest import FAKE_CUDA
 from vattn.bench import machine
 from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
 from vattn.bench.measure import join, take_turns
@@ -305,3 +310,40 @@ def test_a_machine_has_the_name_of_its_processor(name: str, slug: str) -> None:
 
 def test_a_run_on_the_fake_driver_is_named_so() -> None:
     assert machine.describe("gpu", fake=True)["name"] == "fake-cuda"
+
+
+def test_triton_is_interpreted_on_the_fake_also_where_torch_imports_triton_itself(tmp_path: Path) -> None:
+    """As torch 2.11 does: whoever says how Triton is to run must say it before torch is imported."""
+    pytest.importorskip("triton")
+    if FAKE_CUDA is None:
+        pytest.skip("needs the fake driver library")
+    program = f"""
+        import sys
+
+        class WithTriton:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch" and "triton" not in sys.modules:
+                    import triton
+
+        sys.meta_path.insert(0, WithTriton())
+        from vattn.bench.gpu import boundaries
+        from vattn.tools.cli import main
+
+        boundaries.KERNELS, boundaries.LAYOUTS = ("triton",), ("no guard",)
+        boundaries.lengths_of = lambda page: [1, 17]
+        assert "torch" not in sys.modules and "triton" not in sys.modules
+        options = ["bench", "--suite", "gpu", "--only", "boundaries", "--check", "--out", {str(tmp_path)!r}]
+        sys.exit(main([*options, "--fake-cuda", {str(FAKE_CUDA)!r}]))
+    """
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 bounds are held" in done.stdout
+    assert "left out" not in done.stdout

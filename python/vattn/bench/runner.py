@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vattn.bench import machine
+from vattn.bench import carried, machine
 from vattn.bench.benchmark import Benchmark, Case, Settings
 from vattn.bench.plots import plot
 from vattn.bench.programs import MissingProgramError
@@ -96,6 +96,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if fake and args.suite != "host":
         # Before the first use of CUDA in this process.
         os.environ["VATTN_CUDA_LIBRARY"] = str(fake)
+    if (fake or args.device == "cpu") and args.suite != "host":
+        carried.interpret_triton()  # nothing has imported torch yet
     return Settings(
         quick=args.quick,
         device=args.device,
