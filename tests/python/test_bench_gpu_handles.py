@@ -1,4 +1,4 @@
-"""E0's arms about handles over the fake libcuda: that every way does what it says, and gives everything back."""
+"""E0b over the fake libcuda: that every way does what it says, and gives everything back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from conftest import FAKE_CUDA, ON_GPU
 from fake_cuda import FakeCuda
-from gpu_bench import fake_settings, large_and_sparse
+from gpu_bench import fake_settings, large_and_sparse, run_on_fake
 from vattn.bench.benchmark import Case, Settings
-from vattn.bench.gpu import driver, handles
+from vattn.bench.gpu import handles
 from vattn.bench.gpu.libcuda import Libcuda
 
 pytestmark = pytest.mark.skipif(ON_GPU or FAKE_CUDA is None, reason="needs the fake driver library")
@@ -29,10 +29,13 @@ def cuda(fake: FakeCuda) -> Iterator[Libcuda]:
         opened.close()
 
 
-def measured(cuda: Libcuda, part: str) -> Case:
-    ((parameters, work),) = [each for each in handles.jobs(fake_settings()) if each[0]["part"] == part]
-    case = work(cuda)
-    assert case.parameters == parameters
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return run_on_fake(handles.BENCHMARK, FakeCuda())
+
+
+def measured(cases: list[Case], part: str) -> Case:
+    (case,) = [case for case in cases if case.parameters["part"] == part]
     assert not case.skipped, case.skipped
     return case
 
@@ -46,11 +49,10 @@ def test_a_gpu_is_asked_for_handles_of_2_16_64_and_128_mib_and_a_fork_of_256() -
         {"part": "fork", "handles": 256},
     ]
     assert [each for each, _ in handles.jobs(Settings(quick=True))] == parameters, "quick ones have fewer rounds"
-    assert driver.BENCHMARK.count(Settings()) > 3
 
 
-def test_a_row_is_timed_by_call_for_each_size_and_shuffled(cuda: Libcuda) -> None:
-    case = measured(cuda, "row of handles")
+def test_a_row_is_timed_by_call_for_each_size_and_shuffled(cases: list[Case]) -> None:
+    case = measured(cases, "row of handles")
     kinds = ["2 MiB", "4 MiB", "8 MiB", "2 MiB, shuffled"]
     for call in ("create", "map", "set_access", "read", "unmap", "release"):
         assert all(case.arm(f"{call}, {kind}").unit == "us" for kind in kinds)
@@ -90,8 +92,8 @@ def test_shuffled_handles_lie_in_the_row_in_another_order(cuda: Libcuda, monkeyp
     assert sorted(orders[1]) == orders[0]
 
 
-def test_growth_is_timed_for_each_size_created_pooled_and_mapped_ahead(cuda: Libcuda) -> None:
-    case = measured(cuda, "growth by handles")
+def test_growth_is_timed_for_each_size_created_pooled_and_mapped_ahead(cases: list[Case]) -> None:
+    case = measured(cases, "growth by handles")
     for mib in handles.FAKE_SIZES:
         for way in (handles.CREATED, handles.POOLED, handles.AHEAD):
             assert case.arm(f"step, {way}, {mib} MiB").unit == "ms a GiB"
@@ -117,8 +119,8 @@ def test_growth_by_every_size_takes_pages_of_that_size(fake: FakeCuda, cuda: Lib
         assert (calls == 0) == (way == handles.AHEAD)
 
 
-def test_a_fork_maps_the_same_handles_again_and_copies_the_same_bytes(fake: FakeCuda, cuda: Libcuda) -> None:
-    case = measured(cuda, "fork")
+def test_a_fork_maps_the_same_handles_again_and_copies_the_same_bytes(cases: list[Case]) -> None:
+    case = measured(cases, "fork")
     names = [handles.AGAIN, handles.AGAIN_ONE_ROW, handles.COPY, handles.TAKE_AND_COPY]
     assert [arm.name for arm in case.arms] == names
     assert {len(arm.samples) for arm in case.arms} == {2}, "they took turns"
@@ -176,3 +178,9 @@ def test_with_too_little_memory_each_case_says_how_much_it_lacks(fake: FakeCuda)
     opened.close()
     fake.library.fake_cuda_set_memory(ctypes.c_uint64(4 << 30))
     assert all(case.skipped.startswith("6.0 MiB of GPU memory are free, and ") for case in cases)
+
+
+def test_without_a_driver_the_benchmark_is_one_skipped_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VATTN_CUDA_LIBRARY", "/nowhere/libcuda.so.1")
+    (case,) = handles.BENCHMARK.run(Settings())
+    assert case.skipped.startswith("no CUDA driver here: ")

@@ -283,7 +283,8 @@ def test_labels_tell_cases_apart_and_say_once_what_they_share() -> None:
 def test_the_gpu_suite_is_whole_and_begins_with_what_is_right() -> None:
     names = [benchmark.name for benchmark in benchmarks("gpu")]
     assert names[0] == "boundaries"
-    assert set(names) == {"boundaries", "driver", "kernel_prefill", "kernel_decode", "gpu_step", "decode", "batch"}
+    kernels = {"boundaries", "kernel_prefill", "kernel_decode"}
+    assert kernels | {"driver", "handles", "gpu_step", "decode", "batch"} <= set(names)
 
 
 def test_the_registry_knows_every_module_once() -> None:

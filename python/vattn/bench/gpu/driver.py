@@ -1,9 +1,9 @@
 """E0, the driver: what its memory calls cost, what nobody has documented about them, and how fast memory arrives.
 
-Four parts, each in its own file: `driver_questions` (six questions with yes, no or unclear and the evidence),
-`driver_costs` (a table by handle size, and one by mappings an access call covers), `handles` (growth by handles of
-several sizes, shuffled handles, what a fork costs), `supply` (GB/s through ``KVCache.step`` beside the bare loop of the
-same calls). The questions come first: nobody knows their answers. Estimate on an H200: five minutes. Thread: one.
+Three parts, each in its own file: `driver_questions` (six questions with yes, no or unclear and the evidence),
+`driver_costs` (a table by handle size, and one by mappings an access call covers), `supply` (GB/s through
+``KVCache.step`` beside the bare loop of the same calls). The questions come first: nobody knows their answers. Estimate
+on an H200: four minutes. Thread: one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vattn.bench.benchmark import Benchmark, Case, Settings
-from vattn.bench.gpu import driver_costs, driver_questions, handles, supply
+from vattn.bench.gpu import driver_costs, driver_questions, supply
 from vattn.bench.gpu.libcuda import CudaError, Libcuda, choose_library
 
 ORDER = 10
 
 
 def count(settings: Settings) -> int:
-    return sum(len(part.jobs(settings)) for part in (driver_questions, driver_costs, handles, supply))
+    return sum(len(part.jobs(settings)) for part in (driver_questions, driver_costs, supply))
 
 
 def run(settings: Settings) -> Iterator[Case]:
@@ -34,7 +34,7 @@ def run(settings: Settings) -> Iterator[Case]:
             yield put(ordinal)
     cuda = Libcuda(ordinal)
     try:
-        for parameters, measure in (*driver_costs.jobs(settings), *handles.jobs(settings), *supply.jobs(settings)):
+        for parameters, measure in (*driver_costs.jobs(settings), *supply.jobs(settings)):
             if not settings.is_done(parameters):
                 yield measure(cuda)
     finally:

@@ -1,4 +1,4 @@
-"""What the size, the order and the sharing of handles cost: growth by 2 to 128 MiB, shuffled handles, a fork.
+"""E0b, handles: what do their size, their order and their sharing cost?
 
 *A row*: 128 MiB made of handles of one size, in the order in which they were created, or shuffled, or one handle of
 128 MiB: every kind of call, over the whole row, and how fast a kernel then reads it. *Growth*: ``KVCache.step`` over
@@ -20,19 +20,34 @@ from functools import partial
 from typing import Any
 
 import vattn
-from vattn.bench.benchmark import Arm, Case, Settings
+from vattn.bench.benchmark import Arm, Benchmark, Case, Settings
 from vattn.bench.gpu.accelerator import COUNTS_BYTES, over, seconds
-from vattn.bench.gpu.driver_costs import MIB, NAME, facts_of
-from vattn.bench.gpu.libcuda import CudaError, Libcuda
+from vattn.bench.gpu.driver_costs import MIB, facts_of
+from vattn.bench.gpu.libcuda import CudaError, Libcuda, choose_library
 from vattn.bench.gpu.memory import Memory
 from vattn.bench.gpu.sizing import TooLittleMemoryError, choose
 
+NAME, ORDER = "handles", 20
 SIZES, FAKE_SIZES = (2, 16, 64, 128), (2, 4, 8)  # MiB
 CREATED, POOLED, AHEAD = "created", "pooled", "mapped ahead"
 SHUFFLED = "shuffled"
 AGAIN, AGAIN_ONE_ROW = "map a second time", "map a second time, one row"
 COPY, TAKE_AND_COPY = "copy alone", "take pages and copy"
 HANDLES, FAKE_HANDLES, PAGES_A_ROW = 256, 16, 4
+
+
+def run(settings: Settings) -> Iterator[Case]:
+    try:
+        cuda = Libcuda(choose_library(settings))
+    except (OSError, CudaError) as error:
+        yield Case(NAME, {"part": "all"}, skipped=f"no CUDA driver here: {error}")
+        return
+    try:
+        for parameters, measure in jobs(settings):
+            if not settings.is_done(parameters):
+                yield measure(cuda)
+    finally:
+        cuda.close()
 
 
 def jobs(settings: Settings) -> list[tuple[dict[str, Any], Callable[[Libcuda], Case]]]:
@@ -293,3 +308,12 @@ def one_fork(
         if not again:
             copy(target, source)
         return time.perf_counter() - start
+
+
+BENCHMARK = Benchmark(
+    name=NAME,
+    suite="gpu",
+    question="what do the size, the order and the sharing of handles cost?",
+    run=run,
+    count=lambda settings: len(jobs(settings)),
+)
