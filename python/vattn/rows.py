@@ -235,15 +235,17 @@ class Rows(Generic[ValueT]):
             )
 
     def _for_kernel(self) -> KernelRows:
-        """These rows as the attention kernels that read lengths from the device take them."""
+        """These rows as the attention kernels that read lengths from the device take them, counted from the lowest."""
         lengths = self.lengths
         if self._kernel_rows is None:
             from vattn.attention.kernel import Rows as KernelRows
+            from vattn.attention.kernel import counted_from_lowest
 
-            slots = self._mirror(len(self._slots), "int32")
-            slots.set(self._slots)
+            numbers = counted_from_lowest(self._slots)
+            slots = self._mirror(len(numbers), "int32")
+            slots.set(numbers)
             self._kernel_rows = KernelRows(
-                self._slots,
+                numbers,
                 self._now()[2],
                 lengths.device,
                 # A captured graph outlives many steps: no length goes past this one.

@@ -55,8 +55,9 @@ def splits(programs: int, tiles: int, device: torch.device) -> int:
     return max(1, min(wanted, math.ceil(tiles / triton_attention.TILES_A_SPLIT), triton_attention.MOST_SPLITS))
 
 
-def launches() -> Iterator[tuple[Memory, int, int, int, int]]:
-    """Memory, queries, heads of queries and keys, tile."""
+def launches() -> Iterator[tuple[Memory, int, int, int, int, int]]:
+    """Memory, queries, heads of queries and keys, tile, layers that share a tensor: a long row of many layers is more
+    elements than 32 bits count, and so another variant."""
     for phase in ("prefill", "decode"):
         for setting in QUICK.settings(phase):
             if setting.kernel != "triton":
@@ -64,18 +65,19 @@ def launches() -> Iterator[tuple[Memory, int, int, int, int]]:
             model = QUICK.models[setting.model]
             heads = (setting.queries, model.q_heads, model.kv_heads)
             for tile in (64, 16):
-                yield (rows([setting.context] * setting.batch), *heads, tile)
+                for layers in (1, QUICK.default_slicing(setting)):
+                    yield (rows([setting.context] * setting.batch), *heads, tile, layers)
             for size in QUICK.blocks:
-                yield (blocks([setting.context] * setting.batch, size), *heads, 64)
+                yield (blocks([setting.context] * setting.batch, size), *heads, 64, 1)
     for queries in (1, 16):
         lengths = [length for length in lengths_of(1024) if length >= queries]
-        yield (rows(lengths), queries, 32, 8, 64)
+        yield (rows(lengths), queries, 32, 8, 64, 1)
         for size in (16, 64, 128, 256):
-            yield (blocks(lengths, size), queries, 32, 8, 64)
-    yield (rows([4096 + 64] * 8), 1, 32, 8, 64)  # decode, and its blocks
-    yield (blocks([4096 + 64] * 8, 16), 1, 32, 8, 64)
+            yield (blocks(lengths, size), queries, 32, 8, 64, 1)
+    yield (rows([4096 + 64] * 8), 1, 32, 8, 64, 1)  # decode, and its blocks
+    yield (blocks([4096 + 64] * 8, 16), 1, 32, 8, 64, 1)
     for lengths, queries in (([1025, 33, 4097], 1), ([1025, 33, 4097], 5), ([2048], 1), ([8192] * 2, 1)):
-        yield (rows(lengths), queries, 32, 8, 64)
+        yield (rows(lengths), queries, 32, 8, 64, 1)
 
 
 def rows(lengths: list[int]) -> Rows:
@@ -87,13 +89,13 @@ def blocks(lengths: list[int], size: int) -> Blocks:
     return Blocks(table, lengths, size)
 
 
-def keys(memory: Memory, heads: int) -> torch.Tensor:
-    """Of the shape and the strides that matter: dense, of 128 dims."""
+def keys(memory: Memory, heads: int, layers: int = 1) -> torch.Tensor:
+    """Of the shape and the strides that matter, of 128 dims: one of the layers that share a tensor."""
     if isinstance(memory, Blocks):
         shape = (memory.table.numel(), memory.block_size, heads, 128)
     else:
-        shape = (len(memory), math.ceil(memory.longest / 1024) * 1024, heads, 128)
-    return torch.empty(shape, dtype=torch.bfloat16, device=META)
+        shape = (len(memory), math.ceil(memory.longest / 1024) * 1024, layers * heads, 128)
+    return torch.empty(shape, dtype=torch.bfloat16, device=META)[:, :, :heads]
 
 
 def main() -> int:
@@ -113,8 +115,8 @@ def main() -> int:
     triton.runtime.driver.set_active(Absent())
     triton_attention._splits = splits
     most = int(sys.argv[1]) if len(sys.argv) > 1 else None
-    for memory, queries, q_heads, kv_heads, tile in itertools.islice(launches(), most):
-        k = keys(memory, kv_heads)
+    for memory, queries, q_heads, kv_heads, tile, layers in itertools.islice(launches(), most):
+        k = keys(memory, kv_heads, layers)
         q = torch.empty((len(memory), queries, q_heads, 128), dtype=k.dtype, device=META)
         triton_attention.TritonAttention(tile).prepare(memory, k, k, queries, q_heads)(q, k, k)
     print(f"{len(known)} variants for compute capability {TARGET.arch / 10}, Triton {triton.__version__}")

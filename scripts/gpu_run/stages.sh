@@ -79,6 +79,7 @@ call_1() {
   run kernel_decode 35 bench kernel_decode
   run kernel_prefill 70 bench kernel_prefill
   run gpu_step 25 bench gpu_step
+  run hf 60 bench hf
   if [ -n "$FAKE" ]; then return; fi
   echo "Triton's kernels: $(find "$WORK/triton" -mindepth 1 -maxdepth 1 | wc -l) folders; more than were carried were compiled here"
 }
@@ -99,6 +100,8 @@ call_2() {
     esac
   done
   if command -v compute-sanitizer >/dev/null; then run sanitizer 40 sanitizer; else skip sanitizer "there is no compute-sanitizer"; fi
+  run kernel_pages 40 bench kernel_pages
+  run prefill_rows 45 bench prefill_rows
   run batch 50 bench batch
   if [ -n "$FAKE" ]; then return; fi
   FULL=1 run decode_full 110 bench decode

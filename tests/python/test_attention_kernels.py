@@ -443,6 +443,57 @@ def test_decode_and_prefill_take_a_kernel_by_name(name, layout):
             assert (out - exact(ragged[slot], *cache.view(0, slot))).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("layers_per_tensor", [1, 2])
+@pytest.mark.parametrize("name", ["sdpa", "triton"])
+def test_a_kernel_is_shown_memory_from_the_lowest_slot_that_it_reads(name, layers_per_tensor, by_rows, monkeypatch):
+    """Triton asks the driver about the first address of what it is shown, and slot 0 may have no memory."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    kernel, shown = get_kernel(name), []
+
+    def prepare(memory, k, v, queries, q_heads, scale=None):
+        launch = type(kernel).prepare(kernel, memory, k, v, queries, q_heads, scale)
+
+        def spy(q, k, v):
+            shown.append((memory.slots, memory.slots_on_device.tolist(), k, v))
+            return launch(q, k, v)
+
+        return spy
+
+    monkeypatch.setattr(kernel, "prepare", prepare, raising=False)
+    shape = {"max_batch_size": 6, "max_seq_len": 64, "dtype": torch.float32, "device": "cpu", "page_size": 4096}
+    more = {"layers_per_tensor": layers_per_tensor, "layout": "NHD", "unmapped_reads": "fault", "lookahead_tokens": 0}
+    with vattn.KVCache(2, HEADS, DIM, **shape, **more, warm_tokens=0) as cache:
+        slots = cache.alloc_batch(5)
+        cache.step(dict(zip(slots, (64, 40, 1, 64, 17), strict=True)))
+        torch.manual_seed(2)
+        for slot in slots:
+            for layer in (0, 1):
+                for tensor in cache.view(layer, slot):
+                    tensor.normal_()
+        whole = cache.stats().mapped_bytes
+        cache.free(0), cache.free(1), cache.free(2)
+        read = [4, 3]
+        cache.memory_limit = needed = 2 * 2 * (64 * 2 * HEADS * DIM * 4)
+        cache.settle()
+        assert cache.stats().mapped_bytes <= needed < whole, "the first slots kept their memory"
+        where = (cache.rows(read),) if by_rows else (cache,)
+        rest = () if by_rows else (read,)
+        for layer in (0, 1):
+            one, several = torch.randn(2, Q_HEADS, DIM), torch.randn(2, 3, Q_HEADS, DIM)
+            views = [cache.view(layer, slot) for slot in read]
+            got = decode(one, *where, layer, *rest, kernel=name)
+            assert (got - attend_all(one[:, None], views, None)[:, 0]).abs().max() < 1e-5
+            got = prefill(several, *where, layer, *rest, kernel=name)
+            assert (got - attend_all(several, views, None)).abs().max() < 1e-5
+            for numbers, on_device, *both in shown[-2:]:
+                assert list(numbers) == on_device == [1, 0]
+                for x, view in zip(both, cache.view(layer, 3), strict=True):
+                    assert x.data_ptr() == view.data_ptr(), "another address than the first one that is mapped"
+        assert len(shown) == 4
+
+
 def test_an_unknown_kernel_is_answered_with_those_there_are():
     with small_cache() as cache:
         slots = filled(cache, [5])

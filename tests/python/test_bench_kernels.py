@@ -11,17 +11,20 @@ import json
 import lzma
 import math
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import FAKE_CUDA, ON_GPU, check_child
+from vattn.attention.kernel import Blocks, Rows
 from vattn.bench import carried
-from vattn.bench.benchmark import Settings, key_of
-from vattn.bench.gpu import boundaries, kernels
+from vattn.bench.benchmark import Arm, Case, Settings, key_of
+from vattn.bench.gpu import boundaries, kernel_slicing, kernels
 from vattn.bench.gpu.kernel_grid import FULL, LLAMA, QUICK, TINY, Grid, Model, Setting
 from vattn.bench.gpu.kernel_memory import GUARD, Bed, KernelMemory, open_bed
 from vattn.bench.gpu.kernel_timing import ClockTimer, time_in_turns
+from vattn.tools.cli import main
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the benchmarks themselves run there")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -70,14 +73,25 @@ def test_a_phase_runs_whole_and_every_case_has_its_arms(phase):
         assert "left_out" not in case.facts
         assert case.facts["fake"] is True
         assert {"plain", "vattn", "vattn, shuffled"} <= names
-        assert ("vattn, 2 layers a tensor" in names) == setting.sliced
-        paged = {f"paged {size}, {order}" for size in (16, 64) for order in ("in order", "random")}
+        assert ("vattn, 4 layers a tensor" in names) == setting.sliced
+        paged = {f"paged {size}, {order}" for size in (16, 64, 128) for order in ("in order", "random")}
         assert paged <= names if setting.kernel == "triton" else not paged & names
         assert ("vattn, tile 16" in names) == (setting.kernel == "triton")
         assert all(len(arm.samples) == 2 and arm.unit == "us" for arm in case.arms)
+        one = {name for name in names if name.startswith("vattn") and "layers a tensor" not in name}
+        bases = {name for name in one if not name.endswith(", default slicing")}
+        assert {f"{name}, default slicing" for name in bases} == one - bases, (
+            "each arm once more, as the default has it"
+        )
+        assert case.facts["default_layers_per_tensor"] == 2
+        assert case.facts["default_over_one_layer_a_tensor"].keys() == bases
+        sliced = [bound for bound in case.bounds if bound.name == "default slicing over one layer a tensor"]
+        assert {(bound.arm, bound.base, bound.most) for bound in sliced} == {
+            (f"{name}, default slicing", name, 1.03) for name in bases
+        }
         bounds = {bound.name: bound for bound in case.bounds}
         assert bounds["vattn over plain"].most == 1.01
-        papers = phase == "prefill" and setting.context == 64 and setting.kernel == "triton"
+        papers = phase == "prefill" and setting.context in TINY.paper and setting.kernel == "triton"
         assert ("paged 16 over vattn" in bounds) == papers
         if papers:
             assert bounds["paged 16 over vattn"].least == 1.24
@@ -159,7 +173,84 @@ def test_the_plan_has_what_was_asked_for():
     budget = 120 << 30
     for setting in FULL.settings("decode"):
         copies = 3 * FULL.layers(setting) + (sum(FULL.slices) if setting.sliced else 0)
+        copies += 2 * FULL.sliced_layers(setting, FULL.default_slicing(setting)) * FULL.has_default_arms(setting)
         assert copies * FULL.layer_bytes(setting) < budget, setting
+    for grid in (FULL, QUICK, TINY):
+        assert 128 in grid.blocks
+
+
+def test_the_default_slicing_is_what_a_cache_chooses_and_the_quick_grids_have_its_arms():
+    chosen = {setting.model: FULL.default_slicing(setting) for setting in FULL.settings("decode")}
+    assert chosen == {"llama-3-8b": 16, "yi-6b": 32, "yi-34b": 20, "llama-3-70b-tp8": 80}
+    for phase in ("prefill", "decode"):
+        for setting in QUICK.settings(phase):
+            assert QUICK.has_default_arms(setting), setting
+        for setting in FULL.settings(phase):
+            has, why = FULL.has_default_arms(setting), FULL.too_much(setting)
+            assert has == (not why)
+            assert has or FULL.layer_bytes(setting) >= 1 << 30, "left out only where a layer is large"
+            assert 16 not in FULL.slices_of(setting) or setting.model != LLAMA, "no arm twice"
+
+
+@needs_triton
+def test_what_is_compiled_beforehand_has_the_variants_of_the_quick_grids():
+    path = Path(__file__).resolve().parents[2] / "scripts" / "gpu_run" / "precompile.py"
+    spec = importlib.util.spec_from_file_location("precompile", path)
+    precompile = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(precompile)
+    launches = list(precompile.launches())
+    for phase in ("prefill", "decode"):
+        for setting in QUICK.settings(phase):
+            own = [each for each in launches if each[0].lengths == (setting.context,) * setting.batch]
+            own = [each for each in own if each[1] == setting.queries]
+            rows = {each[4:] for each in own if isinstance(each[0], Rows)}
+            assert {(64, 1), (64, 16), (16, 1), (16, 16)} <= rows, setting
+            assert {each[0].block_size for each in own if isinstance(each[0], Blocks)} >= {16, 128, 256}
+    k = precompile.keys(precompile.rows([192 * 1024]), 8, 16)
+    assert k.stride(0) > 2**31 > k.stride(1) == 16 * 8 * 128
+
+
+def sliced_case(kernel, *, fake=False, **ratios):
+    arms = [Arm(name, "us", [10.0]) for name in ratios]
+    arms += [Arm(f"{name}, default slicing", "us", [10 * ratio]) for name, ratio in ratios.items()]
+    facts = kernel_slicing.facts_of(16, arms, "") | ({"fake": True} if fake else {})
+    return Case("kernel_decode", {"kernel": kernel}, arms, kernel_slicing.bounds_of(arm.name for arm in arms), facts)
+
+
+def test_a_default_that_loses_over_3_percent_is_to_be_turned_back():
+    fine = sliced_case("fa3", vattn=1.01, twin=0.9)
+    loses = sliced_case("triton", vattn=1.031, twin=1.2)
+    assert [bound.is_held(fine) for bound in fine.bounds] == [True, True]
+    assert [bound.is_held(loses) for bound in loses.bounds] == [False, False]
+    assert loses.facts["default_loses_over_3_percent"] == ["twin", "vattn"]
+    assert kernel_slicing.verdict([fine]) == (
+        "layers_per_tensor: the default of 16 stays: within 3 % in all 2 arms, at worst 1.010 (fa3, vattn)"
+    )
+    assert kernel_slicing.verdict([fine, loses]) == (
+        "TURN THE DEFAULT layers_per_tensor BACK TO 1: 16 loses over 3 % in 2 of 4 arms, at worst 1.200 (triton, twin)"
+    )
+    assert len(kernel_slicing.verdict([fine, loses])) <= 120, "a stage's line shows so much of it"
+    assert "a GPU judges" in kernel_slicing.verdict([sliced_case("triton", fake=True, vattn=2.0)])
+    assert "is not judged" in kernel_slicing.verdict([Case("kernel_decode", {}, skipped="no GPU")])
+
+
+def test_where_a_gpu_has_no_memory_for_the_default_slicing_that_is_said():
+    grid = dataclasses.replace(TINY, kernels=("sdpa",), most_sliced=1)
+    bed = Bed("cpu", "cpu", CountingTimer(), torch.float32)
+    for case in kernels.run("decode", ON_CPU, bed, grid):
+        assert not any(arm.name.endswith(", default slicing") for arm in case.arms)
+        assert case.facts["no_default_slicing"].startswith("2 layers of it are 0 GiB")
+
+
+def test_the_verdict_is_in_the_file_and_among_the_last_lines(tmp_path, capsys, monkeypatch):
+    case = sliced_case("triton", vattn=1.5)
+    benchmark = dataclasses.replace(kernels.BENCHMARKS[1], run=lambda _: iter([case]), count=lambda _: 1)
+    monkeypatch.setattr("vattn.bench.runner.benchmarks", lambda suite: [benchmark])
+    command = ["bench", "--suite", "gpu", "--only", "kernel_decode", "--out", str(tmp_path), "--device", "cuda:0"]
+    assert main(command) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("TURN THE DEFAULT layers_per_tensor BACK TO 1")
+    assert json.loads((tmp_path / "kernel_decode.json").read_text())["verdict"] == last
 
 
 # ---------------------------------------------------------------- memory and timing
@@ -446,6 +537,6 @@ def test_using_a_folder_tells_what_is_left_out(tmp_path, monkeypatch):
 def test_models_have_the_heads_they_are_known_for():
     assert FULL.models["llama-3-8b"] == Model(32, 8)
     assert FULL.models["yi-6b"] == Model(32, 4)
-    assert FULL.models["yi-34b"] == Model(56, 8)
-    assert FULL.models["llama-3-70b-tp8"] == Model(8, 1)
+    assert FULL.models["yi-34b"] == Model(56, 8, layers=60)
+    assert FULL.models["llama-3-70b-tp8"] == Model(8, 1, layers=80)
     assert isinstance(TINY, Grid)

@@ -31,7 +31,14 @@ from vattn._arguments import to_ints
 from vattn.attention.flash_attn2 import FlashAttention2
 from vattn.attention.flash_attn3 import FlashAttention3
 from vattn.attention.flash_infer import FlashInfer
-from vattn.attention.kernel import Blocks, Kernel, KernelUnavailableError, Rows
+from vattn.attention.kernel import (
+    Blocks,
+    Kernel,
+    KernelUnavailableError,
+    Rows,
+    counted_from_lowest,
+    from_lowest,
+)
 from vattn.attention.sdpa import Sdpa, attend_one, attend_spans, fold_groups
 from vattn.attention.torch_flash import TorchFlash
 from vattn.attention.triton_attention import TritonAttention
@@ -156,7 +163,9 @@ def _attend(
     _check_lengths(q, slots, lengths)
     k, v = _checked(q, *where.layer(layer))
     chosen = _choose(kernel, where, q.device)
-    return chosen.prepare(Rows(slots, lengths, q.device), k, v, q.shape[1], q.shape[2], scale)(q, k, v)
+    k, v = from_lowest(slots, k), from_lowest(slots, v)
+    rows = Rows(counted_from_lowest(slots), lengths, q.device)
+    return chosen.prepare(rows, k, v, q.shape[1], q.shape[2], scale)(q, k, v)
 
 
 def _attend_rows(q: torch.Tensor, rows: SlotRows, layer: int, kernel: str, scale: float | None) -> torch.Tensor:
@@ -164,7 +173,7 @@ def _attend_rows(q: torch.Tensor, rows: SlotRows, layer: int, kernel: str, scale
     long as they are the same."""
     change, _, lengths = rows._now()
     _check_lengths(q, rows._slots, lengths)
-    k, v = _checked(q, *rows.cache.layer(layer))
+    k, v = (from_lowest(rows._slots, x) for x in _checked(q, *rows.cache.layer(layer)))
     kept = rows._prepared
     chosen: Kernel | None = kept.get(kernel)
     if chosen is None:
@@ -179,7 +188,7 @@ def _attend_rows(q: torch.Tensor, rows: SlotRows, layer: int, kernel: str, scale
     what = chosen.name, q.shape[1], q.shape[2], scale
     prepared_for, launch = kept.get(what, (None, None))
     if launch is None or (not on_device and prepared_for != change):
-        memory = memory or Rows(rows._slots, lengths, q.device)
+        memory = memory or Rows(counted_from_lowest(rows._slots), lengths, q.device)
         launch = chosen.prepare(memory, k, v, q.shape[1], q.shape[2], scale)
         kept[what] = change, launch
     out: torch.Tensor = launch(q, k, v)

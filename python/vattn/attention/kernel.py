@@ -14,6 +14,10 @@ heads, dim), with any strides but the last, which is 1.
 Where several layers share a tensor (`KVCache(layers_per_tensor=)`, and so the default on cuda), the tokens of a view
 are layers x heads x dim apart. The adapters here pass strides on; one whose kernel cannot take them says so in
 `misfit`, and the way out is `KVCache(dense=True)`: one layer a tensor.
+
+A view that a launch is given on cuda should begin at memory that is mapped: Triton asks the driver about its first
+address and refuses one that it does not know, and `KVCache.layer` begins at slot 0 whether that has memory or not.
+`from_lowest` and `counted_from_lowest` make the view and the slots begin at the lowest slot that is read.
 """
 
 from __future__ import annotations
@@ -97,6 +101,17 @@ class Rows(_Requests):
         self.slots_on_device = (
             torch.tensor(self.slots, dtype=torch.int32, device=self.device) if on_device is None else on_device[0]
         )
+
+
+def from_lowest(slots: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    """A layer's keys or values, (slots, tokens, heads, dim), from the lowest of these slots on: a view."""
+    return x[min(slots) :]
+
+
+def counted_from_lowest(slots: Sequence[int]) -> list[int]:
+    """The slots as the view of `from_lowest` counts them."""
+    first = min(slots)
+    return [slot - first for slot in slots]
 
 
 class Blocks(_Requests):

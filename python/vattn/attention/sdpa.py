@@ -4,9 +4,8 @@ What it is: exact views of the tokens in use, read where they lie, with no mask:
 lie at equal distances, else one call a request, which costs less than one masked call over the longest.
 
 What it promises: nothing outside a row's tokens is read; no key or value is copied, however far apart tokens are (any
-layers_per_tensor). On cuda it is torch's flash kernel
-where that takes the dtype: torch would rather choose cuDNN's on compute capability 9.0, which builds a graph for every
-length anew.
+layers_per_tensor). On cuda never cuDNN's kernel, which torch would rather choose on compute capability 9.0, and which
+builds a graph for every length anew: torch's flash kernel where it takes the call, else the memory-efficient one.
 
 Thread: any, as long as nobody writes to the tokens that are being read.
 
@@ -26,7 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vattn.attention.kernel import Blocks, Kernel, Launch, Memory, Rows
 
-#: What replaces torch's own choice on cuda, best first.
+#: What torch may choose from on cuda; it takes the first that can. Flash takes no mask and no float32, efficient takes
+#: both where every query head has a key head of its own, the last takes everything.
 PINNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -74,7 +74,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     tokens, length = query.shape[2], key.shape[2]
     if tokens == 1:
         return attend_one(query, key, value, scale)
-    with _pinned(query.device):
+    with pinned(query.device):
         mask: torch.Tensor | CausalBias | None = None
         if tokens < length:
             # torch aligns is_causal with the first key; the queries here are the last tokens.
@@ -110,7 +110,7 @@ def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
 
     Returns (n, q_heads, 1, value dim).
     """
-    with _pinned(query.device):
+    with pinned(query.device):
         out = scaled_dot_product_attention(fold_groups(query, key.shape[1]), key, value, scale=scale)
     return out.reshape(query.shape[0], query.shape[1], 1, value.shape[-1])
 
@@ -154,5 +154,10 @@ def _batches(memory: Rows) -> list[tuple[slice, slice, int]]:
     ]
 
 
-def _pinned(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    return sdpa_kernel(PINNED, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
+def pinned(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside, torch's attention on a cuda device is one of `PINNED`; elsewhere torch chooses as always.
+
+    Torch's own order of them is this one, so it is not set: on compute capability 9.0 torch puts cuDNN before it at the
+    process's first call, once, and an order given back after that call would undo it for the whole process.
+    """
+    return sdpa_kernel(PINNED) if device.type == "cuda" else contextlib.nullcontext()

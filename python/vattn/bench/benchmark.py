@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,3 +111,4 @@ class Benchmark:
     question: str
     run: Callable[[Settings], Iterator[Case]]
     count: Callable[[Settings], int]
+    verdict: Callable[[Sequence[Case]], str] | None = None

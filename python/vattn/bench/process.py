@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def measure(module: str, *arguments: str | int) -> Any:
-    """What ``python -m module arguments`` prints last, from JSON. RuntimeError with its words where it fails."""
+def measure(module: str, *arguments: str | int, env: Mapping[str, str | None] | None = None) -> Any:
+    """What ``python -m module arguments`` prints last, from JSON. RuntimeError with its words where it fails.
+
+    `env`: variables that are different for it; None: it does not have that one.
+    """
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wanted = {**os.environ, **(env or {})}
+    variables = {name: value for name, value in wanted.items() if value is not None}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise RuntimeError(f"{' '.join(command[2:])} ended with status {done.returncode}: {last}")

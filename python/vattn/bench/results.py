@@ -1,8 +1,9 @@
 """A benchmark's results as a JSON file: what is written, and read again to go on where a run was cut short.
 
 One file a benchmark, directly in the folder: ``{"benchmark", "suite", "question", "machine", "versions", "settings",
-"complete", "date", "seconds", "results": [case, ...]}``, a case with every sample. Written anew at each case, by
-renaming, so that a run killed at any moment leaves a whole file. Thread: one; two runs must not share a folder.
+"complete", "date", "seconds", "results": [case, ...]}``, a case with every sample; and ``"verdict"``, a line, where
+the benchmark passes one. Written anew at each case, by renaming, so that a run killed at any moment leaves a whole
+file. Thread: one; two runs must not share a folder.
 """
 
 from __future__ import annotations
@@ -75,6 +76,13 @@ class ResultFile:
             return
 
     @property
+    def verdict(self) -> str:
+        """What the benchmark says of the cases so far; empty where it says nothing."""
+        if self.benchmark.verdict is None or not self.cases:
+            return ""
+        return self.benchmark.verdict([case_from_json(case) for case in self.cases])
+
+    @property
     def done(self) -> frozenset[str]:
         return frozenset(case_from_json(case).key for case in self.cases)
 
@@ -96,6 +104,7 @@ class ResultFile:
             "complete": self.complete,
             "date": max(dates, default=None),
             "seconds": round(self.seconds, 3),
+            **({"verdict": self.verdict} if self.verdict else {}),
             "results": self.cases,
         }
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ class Outcome:
     not_held: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     sized: list[str] = field(default_factory=list)  #: how much was taken on, where that depends on the free memory
+    verdicts: list[str] = field(default_factory=list)
     stopped: bool = False
 
 
@@ -172,21 +173,25 @@ def finish(benchmark: Benchmark, file: ResultFile, outcome: Outcome) -> bool:
             outcome.judged += 1
             if not bound.is_held(case):
                 outcome.not_held.append(f"{benchmark.name}: {bound_line(case, bound)}")
+    if file.verdict:
+        outcome.verdicts.append(file.verdict)
     return plot(benchmark.question, cases, file.folder / f"{benchmark.name}.png") if cases else True
 
 
 def conclude(outcome: Outcome, check: bool) -> int:
-    """The last lines, and the exit status."""
+    """The last lines, and the exit status. A verdict comes after the bounds: of a log its last line is told."""
     if outcome.judged:
         print(f"{outcome.judged - len(outcome.not_held)} of {outcome.judged} bounds are held")
     for line in outcome.not_held:
         print(f"  {line}")
     if outcome.stopped:
         print("stopped at the time given; the same command goes on from here")
-    if outcome.failed:
-        print(f"failed: {', '.join(outcome.failed)}")
     for line in dict.fromkeys(outcome.sized):
         print(line)
+    for verdict in outcome.verdicts:
+        print(verdict)
+    if outcome.failed:
+        print(f"failed: {', '.join(outcome.failed)}")
     return 1 if outcome.failed or (check and outcome.not_held) else 0
 
 

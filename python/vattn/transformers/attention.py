@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vattn.attention import attend_one, attend_spans, fold_groups
 from vattn.attention.scores import attend_scores, attend_sinks, can_attend_sinks
+from vattn.attention.sdpa import pinned
 from vattn.transformers import attention_keywords, offered
 from vattn.transformers.masks import attention_mask, newest, packed
 
@@ -108,15 +109,16 @@ def attention_forward(
     elif n == 1 and query.shape[0] == key.shape[0]:
         out = _attend_one(query, key, value, attention_mask, scaling)
     else:
-        out = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        with pinned(query.device):
+            out = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                is_causal=causal,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -131,7 +133,10 @@ def _attend_one(
         return attend_spans(query, key, value, spans, scaling)
     if mask.shape[1] != 1:
         mask = fold_groups(mask, key.shape[1])  # one a query head: it goes with its query
-    out = scaled_dot_product_attention(fold_groups(query, key.shape[1]), key, value, attn_mask=mask, scale=scaling)
+    # A mask is one more reason for torch to take cuDNN's kernel on cuda, with a graph a length; folded queries need no
+    # grouping, so that the memory-efficient kernel takes them and their mask.
+    with pinned(query.device):
+        out = scaled_dot_product_attention(fold_groups(query, key.shape[1]), key, value, attn_mask=mask, scale=scaling)
     return out.reshape(query.shape[0], query.shape[1], 1, value.shape[-1])
 
 

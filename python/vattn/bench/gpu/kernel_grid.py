@@ -4,6 +4,10 @@ A full cross product would take hours; what is here answers the questions. Each 
 models for a kernel (heads of queries and of keys); Llama-3-8B is measured at every context, the others at three.
 Batches above one are for decode: the smaller with long contexts, the larger with short ones.
 
+How many layers a cache on cuda puts into one tensor where nobody says (`layers_per_tensor=None`) is asked of the
+library for each model. Only the layers that are read hold numbers, but all that share a tensor have memory: at some
+settings that is more than a GPU has, and the arms of the default are left out there.
+
 The expected time is counted from floating-point operations and bytes at rates that are assumed below, for planning: the
 suite is to take 12 minutes for both phases on an H200 with every kernel carried. They are never figures: nothing but
 `rounds` and a test of that plan reads them. Nothing here imports torch. Thread: any.
@@ -11,14 +15,17 @@ suite is to take 12 minutes for both phases on an H200 with every kernel carried
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 K = 1024
-#: So many layers share a tensor, where that is measured too; 16 is a cache's own choice for Llama-3-8B, pages of 2 MiB.
+#: So many layers share a tensor, where that is measured beside a cache's own choice (Llama-3-8B: 16).
 SLICES = (4, 16, 32)
+#: Bytes that one cache of the default slicing may have.
+MOST_SLICED = 16 << 30
 #: Reads of one arm go round at least so many bytes, several times what a GPU caches: its layers.
 ROTATED_BYTES = 256 << 20
 MOST_LAYERS = 32
@@ -28,8 +35,9 @@ KERNELS = ("torch_flash", "fa3", "flashinfer", "triton")
 FLOPS = {"torch_flash": 350e12, "fa3": 550e12, "flashinfer": 500e12, "triton": 200e12}
 BYTES = 3e12
 LAUNCH = 10e-6
-#: Making memory and filling it, per byte; preparing and capturing an arm.
+#: Making memory and filling it, per byte, or only mapping it; preparing and capturing an arm.
 FILL = 8e9
+MAP = 10e9
 ARM = 0.06
 #: A case is measured for about so many seconds, but for at least FEWEST rounds.
 MEASURED = 1.5
@@ -46,6 +54,7 @@ class Model:
     q_heads: int
     kv_heads: int
     head_dim: int = 128
+    layers: int = 32
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class Grid:
     #: At these contexts a whole prompt is judged against the paper's ratio.
     paper: tuple[int, ...] = (192 * K,)
     itemsize: int = field(default=2)
+    most_sliced: int = MOST_SLICED
 
     def settings(self, phase: str) -> Iterator[Setting]:
         """The cases, those that share memory one after the other."""
@@ -108,6 +118,30 @@ class Grid:
             return 1
         return min(MOST_LAYERS, max(1, math.ceil(self.rotated_bytes / self.layer_bytes(setting))))
 
+    def default_slicing(self, setting: Setting) -> int:
+        """How many layers share a tensor in a cache on cuda where nobody says."""
+        return default_slicing(self.models[setting.model], self.itemsize, self.page_size)
+
+    def sliced_layers(self, setting: Setting, slicing: int) -> int:
+        """How many layers a cache has that holds those that are read, `slicing` of them a tensor."""
+        return -(-self.layers(setting) // slicing) * slicing
+
+    def too_much(self, setting: Setting) -> str:
+        """Why there are no arms of the default slicing; empty where there are, or where it is one layer a tensor."""
+        layers = self.sliced_layers(setting, self.default_slicing(setting))
+        needed = layers * self.layer_bytes(setting)
+        if needed <= self.most_sliced:
+            return ""
+        return f"{layers} layers of it are {needed / 2**30:.0f} GiB, more than {self.most_sliced / 2**30:.0f}"
+
+    def has_default_arms(self, setting: Setting) -> bool:
+        return self.default_slicing(setting) > 1 and not self.too_much(setting)
+
+    def slices_of(self, setting: Setting) -> tuple[int, ...]:
+        """Layers a tensor that are measured beside one and the default."""
+        others = tuple(each for each in self.slices if each not in (1, self.default_slicing(setting)))
+        return others if setting.sliced else ()
+
     def seconds_a_call(self, setting: Setting) -> float:
         """Of one arm, over all its layers. Arithmetic or bytes, whichever is more."""
         model = self.models[setting.model]
@@ -118,10 +152,9 @@ class Grid:
 
     def arms(self, setting: Setting) -> int:
         """About how many there are."""
-        backing = 3 + (len(self.slices) if setting.sliced else 0)
-        return backing + {"torch_flash": 0, "triton": 1 + 2 * len(self.blocks)}.get(
-            setting.kernel, 2 * len(self.blocks)
-        )
+        vattns = 3 if setting.kernel == "triton" else 2
+        paged = 0 if setting.kernel == "torch_flash" else 2 * len(self.blocks)
+        return 1 + vattns * (2 if self.has_default_arms(setting) else 1) + len(self.slices_of(setting)) + paged
 
     def rounds(self, setting: Setting) -> int:
         a_round = self.arms(setting) * self.seconds_a_call(setting)
@@ -133,18 +166,32 @@ class Grid:
         for setting in self.settings(phase):
             if setting.memory != memory:
                 memory = setting.memory
-                slices = sum(max(each, self.layers(setting)) for each in self.slices) if setting.sliced else 0
-                total += (3 * self.layers(setting) + slices) * self.layer_bytes(setting) / FILL
+                sliced = sum(self.sliced_layers(setting, each) for each in self.slices_of(setting))
+                if self.has_default_arms(setting):
+                    sliced += 2 * self.sliced_layers(setting, self.default_slicing(setting))
+                total += self.layer_bytes(setting) * (3 * self.layers(setting) / FILL + sliced / MAP)
             runs = self.rounds(setting) + WARM
             total += self.arms(setting) * (ARM + runs * self.seconds_a_call(setting))
         return total
 
 
+@functools.cache
+def default_slicing(model: Model, itemsize: int, page_size: int | None) -> int:
+    """Asked of a cache that only counts, which chooses as one on cuda does."""
+    import vattn
+
+    with vattn.KVCache(
+        model.layers, model.kv_heads, model.head_dim, max_batch_size=1, max_seq_len=1, device="meta",
+        dtype={2: "bfloat16", 4: "float32"}[itemsize], page_size=page_size,
+    ) as cache:  # fmt: skip
+        return cache.layers_per_tensor
+
+
 MODELS = {
     "llama-3-8b": Model(32, 8),
     "yi-6b": Model(32, 4),
-    "yi-34b": Model(56, 8),
-    "llama-3-70b-tp8": Model(8, 1),
+    "yi-34b": Model(56, 8, layers=60),
+    "llama-3-70b-tp8": Model(8, 1, layers=80),
 }
 LLAMA = "llama-3-8b"
 OTHERS = ("yi-6b", "yi-34b", "llama-3-70b-tp8")
@@ -175,20 +222,20 @@ QUICK = Grid(
     MODELS,
     prefill=[(LLAMA, 16 * K, 1, 0, False), (LLAMA, 192 * K, 1, CHUNK, False)],
     decode=[(LLAMA, 16 * K, 12, 1, False), (LLAMA, 192 * K, 1, 1, False)],
-    blocks=(16, 256),
+    blocks=(16, 128, 256),
     most_rounds=10,
 )
 
 #: Where there is no GPU: every line of the benchmarks runs, in Triton's interpreter, and no figure means anything.
 TINY = Grid(
-    {"tiny": Model(4, 2, 16)},
-    prefill=[("tiny", 64, 1, 0, True), ("tiny", 96, 1, 20, False)],
+    {"tiny": Model(4, 2, 16, layers=2)},
+    prefill=[("tiny", 32, 1, 0, True), ("tiny", 80, 1, 12, False)],
     decode=[("tiny", 64, 2, 1, True), ("tiny", 80, 1, 1, False)],
     kernels=("sdpa", "torch_flash", "triton"),
-    blocks=(16, 64),
-    slices=(2,),
+    blocks=(16, 64, 128),
+    slices=(2, 4),
     rotated_bytes=1,
     most_rounds=2,
-    paper=(64,),
+    paper=(32,),
     itemsize=4,
 )

@@ -77,15 +77,17 @@ class KernelMemory:
             self._made["plain"] = list(zip(k, v, strict=True))
         return self._made["plain"]
 
-    def cache(self, shuffled: bool = False, layers_per_tensor: int = 1) -> Layers:
-        """A cache of vattn: pages in the order in which they were created, or in a random one."""
-        key = (shuffled, layers_per_tensor)
+    def cache(self, shuffled: bool = False, layers_per_tensor: int = 1, page_size: int | None = None) -> Layers:
+        """A cache of vattn: pages in the order in which they were created, or in a random one. `page_size` in bytes;
+        None: the grid's."""
+        key = (shuffled, layers_per_tensor, page_size)
         if key not in self._made:
-            layers = -(-self.count // layers_per_tensor) * layers_per_tensor
+            layers = self.grid.sliced_layers(self.setting, layers_per_tensor)
+            page_size = page_size or self.grid.page_size
             if shuffled:
-                cache = self._shuffled(layers)
+                cache = self._shuffled(layers, layers_per_tensor, page_size)
             else:
-                cache = self._cache(layers, layers_per_tensor=layers_per_tensor, page_size=self.grid.page_size)
+                cache = self._cache(layers, layers_per_tensor=layers_per_tensor, page_size=page_size)
                 for slot in cache.alloc_block(self.setting.batch):
                     cache.step({slot: self.setting.context})
             made: Layers = []
@@ -157,14 +159,15 @@ class KernelMemory:
         self._caches.append(cache)
         return cache
 
-    def _shuffled(self, layers: int) -> vattn.KVCache:
+    def _shuffled(self, layers: int, layers_per_tensor: int = 1, page_size: int | None = None) -> vattn.KVCache:
         """A cache whose pages were created in another order than the one they are mapped in.
 
         A second cache takes the whole budget first, in rows of one page; it gives them up one by one, in a random
         order, and each time the measured cache can have just those.
         """
-        a_token = self.model.kv_heads * self.model.head_dim * self.bed.dtype.itemsize
-        pool = vattn.PagePool(self.bed.memory_device, page_size=self.grid.page_size)
+        a_row = self.model.kv_heads * self.model.head_dim * self.bed.dtype.itemsize
+        a_token, tensors = a_row * layers_per_tensor, layers // layers_per_tensor
+        pool = vattn.PagePool(self.bed.memory_device, page_size=page_size or self.grid.page_size)
         self._pools.append(pool)
         page = pool.page_size
         slots = range(self.setting.batch)
@@ -172,22 +175,22 @@ class KernelMemory:
         def pages(length: int) -> int:
             return -(-(length + GUARD) * a_token // page) if length else 0
 
-        count = pages(self.setting.context) * self.setting.batch * layers
+        count = pages(self.setting.context) * self.setting.batch * tensors
         pool.memory_limit = 2 * count * page  # of keys and of values
-        tokens = max(1, page // a_token)
-        holder = self._cache(1, max_batch_size=count, max_seq_len=tokens, guard_tokens=0, pool=pool)
+        a_page = max(1, page // a_row)
+        holder = self._cache(1, max_batch_size=count, max_seq_len=a_page, guard_tokens=0, pool=pool)
         held = holder.alloc_block(count)
         for slot in held:
-            holder.step({slot: tokens})
+            holder.step({slot: a_page})
         self.mark(holder, held)
         random.Random(0).shuffle(held)
-        cache = self._cache(layers, pool=pool)
+        cache = self._cache(layers, layers_per_tensor=layers_per_tensor, pool=pool)
         cache.alloc_block(self.setting.batch)
         before = 0
         # Page by page: a pool hands out what it has by number, so it must have no more than what is wanted.
-        for length in self._page_ends(tokens):
+        for length in self._page_ends(max(1, page // a_token)):
             for slot in slots:
-                for _ in range(layers * (pages(length) - pages(before))):
+                for _ in range(tensors * (pages(length) - pages(before))):
                     holder.free(held.pop())
                 cache.step({slot: length})
             before = length

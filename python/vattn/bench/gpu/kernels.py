@@ -1,9 +1,11 @@
 """E1 and E2: what a kernel gains or loses on vattn's memory, and what a block table costs, in prefill and in decode.
 
 A case is one kernel at one shape. Its arms are the same kernel on plain memory, on a cache of vattn (pages in order,
-shuffled; at some contexts with 4, 16 and 32 layers a tensor), and paged with blocks of 16, 64, 128 and 256 tokens, the
-table in order and random. Where paging makes a kernel split a request's keys, a contiguous arm that splits stands
-beside it; Triton's tiles are no larger than a block, so a contiguous arm with tiles of 16 stands beside paged 16.
+shuffled), and paged with blocks of 16, 64, 128 and 256 tokens, the table in order and random. Where paging makes a
+kernel split a request's keys, a contiguous arm that splits stands beside it; Triton's tiles are no larger than a block,
+so a contiguous arm with tiles of 16 stands beside paged 16. Every arm on a cache of vattn has one layer a tensor, and
+stands a second time with as many as the cache would choose; `kernel_slicing` judges the pairs. At some contexts there
+are 4, 16 and 32 layers a tensor too.
 
 A sample is microseconds a layer: one replay of a captured graph between two events, over the layers that it went round.
 Cases that a run already has are passed over. `kernel_grid` says which settings, and how long they are expected to take:
@@ -21,7 +23,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vattn.bench import carried
-from vattn.bench.benchmark import Benchmark, Bound, Case, Settings
+from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
+from vattn.bench.gpu import kernel_slicing
 from vattn.bench.gpu.boundaries import context_is_lost
 from vattn.bench.gpu.kernel_grid import FULL, QUICK, TINY, Grid, Setting
 
@@ -76,18 +79,36 @@ def run(phase: str, settings: Settings, bed: Bed | None = None, grid: Grid | Non
 
 def measure(name: str, setting: Setting, memory: KernelMemory) -> Case:
     """One kernel on every backing."""
+    bed, grid = memory.bed, memory.grid
+    if reason := unavailable(setting, bed):
+        return Case(name, setting.parameters, skipped=reason)
+    arms, facts = timed(arms_of(setting, memory), setting, memory)
+    if is_papers(setting, grid):
+        facts["paper_ratio"] = LEAST_PAGED
+    default = grid.default_slicing(setting)
+    facts |= kernel_slicing.facts_of(default, arms, grid.too_much(setting) if default > 1 else "")
+    return Case(name, setting.parameters, arms, bounds_of(setting, grid, arms), facts)
+
+
+def unavailable(setting: Setting, bed: Bed) -> str:
+    """Why the setting's kernel cannot run here; empty where it can."""
     import torch
 
     from vattn.attention import get_kernel
+
+    return get_kernel(setting.kernel).unavailable(torch.device(bed.device))
+
+
+def timed(
+    arms: dict[str, Callable[[], Work]], setting: Setting, memory: KernelMemory
+) -> tuple[list[Arm], dict[str, Any]]:
+    """The arms, measured in turns, and the facts of any case of kernels."""
     from vattn.bench.gpu.kernel_timing import time_in_turns
 
     bed, grid = memory.bed, memory.grid
-    reason = get_kernel(setting.kernel).unavailable(torch.device(bed.device))
-    if reason:
-        return Case(name, setting.parameters, skipped=reason)
     ready: dict[str, Work] = {}
     left_out: dict[str, str] = {}
-    for arm, make in arms_of(setting, memory).items():
+    for arm, make in arms.items():
         try:
             ready[arm] = bed.timer.prepare(make())
         except Exception as error:  # a kernel that refuses a shape costs its arm, not the run
@@ -96,12 +117,11 @@ def measure(name: str, setting: Setting, memory: KernelMemory) -> Case:
                 ready.clear()  # none of them can be replayed
                 break
     layers = grid.layers(setting)
-    arms = time_in_turns(bed.timer, ready, grid.rounds(setting), 1 / layers) if ready else []
+    measured = time_in_turns(bed.timer, ready, grid.rounds(setting), 1 / layers) if ready else []
     facts: dict[str, Any] = {"layers": layers, "rounds": grid.rounds(setting), "dtype": str(bed.dtype)}
-    facts |= {"paper_ratio": LEAST_PAGED} if is_papers(setting, grid) else {}
     facts |= {"left_out": left_out} if left_out else {}
     facts |= {} if bed.is_gpu else {"fake": True}
-    return Case(name, setting.parameters, arms, bounds_of(setting, grid, ready), facts)
+    return measured, facts
 
 
 def arms_of(setting: Setting, memory: KernelMemory) -> dict[str, Callable[[], Work]]:
@@ -114,7 +134,13 @@ def arms_of(setting: Setting, memory: KernelMemory) -> dict[str, Callable[[], Wo
         VATTN: partial(on_rows, memory, memory.cache),
         SHUFFLED: partial(on_rows, memory, partial(memory.cache, shuffled=True)),
     }
-    for layers in memory.grid.slices if setting.sliced else ():
+    default: dict[str, Backing] = {}
+    if memory.grid.has_default_arms(setting):
+        as_chosen = partial(memory.cache, layers_per_tensor=memory.grid.default_slicing(setting))
+        default[VATTN] = partial(on_rows, memory, as_chosen)
+        default[SHUFFLED] = partial(on_rows, memory, partial(as_chosen, shuffled=True))
+    backings |= {kernel_slicing.with_default(name): backing for name, backing in default.items()}
+    for layers in memory.grid.slices_of(setting):
         sliced = partial(memory.cache, layers_per_tensor=layers)
         backings[f"vattn, {layers} layers a tensor"] = partial(on_rows, memory, sliced)
     if kernel.name == "torch_flash" and not kernel.blocks_misfit(memory.tokens):
@@ -128,6 +154,8 @@ def arms_of(setting: Setting, memory: KernelMemory) -> dict[str, Callable[[], Wo
     }
     for name, twin in twins(kernel):
         arms[name] = partial(work_of, twin, setting, memory, backings[VATTN])
+        if default:
+            arms[kernel_slicing.with_default(name)] = partial(work_of, twin, setting, memory, default[VATTN])
     return arms
 
 
@@ -166,17 +194,18 @@ def is_papers(setting: Setting, grid: Grid) -> bool:
     return setting.phase == "prefill" and setting.context in grid.paper and setting.queries == setting.context
 
 
-def bounds_of(setting: Setting, grid: Grid, measured: dict[str, Work]) -> list[Bound]:
+def bounds_of(setting: Setting, grid: Grid, arms: list[Arm]) -> list[Bound]:
     """The targets, as far as both of their arms are there."""
+    names = [arm.name for arm in arms]
     bounds = [
         Bound("vattn over plain", VATTN, PLAIN, most=MOST_OVER_PLAIN),
         Bound("shuffled pages over plain", SHUFFLED, PLAIN, most=MOST_OVER_PLAIN),
     ]
     if is_papers(setting, grid):
         # Of the same tile: what a kernel loses by smaller ones is no doing of the table.
-        base = TILE_TWIN if TILE_TWIN in measured else VATTN
+        base = TILE_TWIN if TILE_TWIN in names else VATTN
         bounds.append(Bound("paged 16 over vattn", "paged 16, random", base, least=LEAST_PAGED))
-    return [bound for bound in bounds if bound.arm in measured and bound.base in measured]
+    return [bound for bound in bounds if {bound.arm, bound.base} <= {*names}] + kernel_slicing.bounds_of(names)
 
 
 def benchmark(phase: str, question: str) -> Benchmark:
@@ -186,6 +215,7 @@ def benchmark(phase: str, question: str) -> Benchmark:
         question=question,
         run=lambda settings: run(phase, settings),
         count=lambda settings: sum(1 for _ in grid_of(settings).settings(phase)),
+        verdict=kernel_slicing.verdict,
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vattn.bench import process
+from vattn.bench import hf_arms, process
 from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
 from vattn.bench.host import hf_decode
 from vattn.bench.measure import take_turns
@@ -139,8 +139,8 @@ def decode(parameters: dict[str, Any], steps: int) -> Case:
                     "pool": pool.new,
                     "sliced": sliced.new,
                 }[kind]()
-                hf_decode.fill(cache, model.config, "float32", parameters["context"])
-                arms[name] = hf_decode.decode(model, cache, attention)
+                hf_arms.fill(cache, model.config, "float32", parameters["context"])
+                arms[name] = hf_arms.decode(model, cache, attention)
             found = take_turns(arms, steps, "ms", warm_up=hf_decode.WARM_UP, clock=time.process_time)
             arms.clear()
             del cache

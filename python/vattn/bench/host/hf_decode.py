@@ -14,11 +14,12 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from vattn.bench import process
+from vattn.bench import hf_arms, process
 from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
+from vattn.bench.hf_arms import DYNAMIC, FOLDING, OURS, STATIC, STATIC_TWICE, decode, fill, make_cache
 from vattn.bench.measure import take_turns
 
 ORDER = 90
@@ -42,8 +43,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
-DYNAMIC, STATIC, STATIC_TWICE = "DynamicCache", "StaticCache, exact", "StaticCache, twice too long"
-OURS, FOLDING = "VattnCache", "VattnCache, vattn attention"
 MEMORY: dict[str, Any] = {"heads": "8/8", "dtype": "float32", "context": 8192, "measured": "memory"}
 
 
@@ -84,53 +83,8 @@ def bounds_of(parameters: dict[str, Any]) -> list[Bound]:
 
 
 def make_model(heads: str, dtype: str) -> Any:
-    """A Llama with random weights, for inference."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[heads], head_dim=64, max_position_embeddings=65536)
-    return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
-
-
-def make_cache(arm: str, config: Any, length: int) -> Any:
-    """An empty cache; `length`: tokens it will hold in the end. Only the static ones need to know."""
-    from transformers import DynamicCache, StaticCache
-
-    import vattn.transformers
-
-    if arm == DYNAMIC:
-        return DynamicCache(config=config)
-    if arm in (STATIC, STATIC_TWICE):
-        return StaticCache(config=config, max_cache_len=length if arm == STATIC else 2 * length)
-    return vattn.transformers.VattnCache(config, max_seq_len=config.max_position_embeddings)
-
-
-def fill(cache: Any, config: Any, dtype: str, tokens: int) -> None:
-    """Random keys and values for `tokens` tokens in every layer, the same ones in every cache."""
-    import torch
-
-    torch.manual_seed(1)
-    shape = (1, config.num_key_value_heads, tokens, config.head_dim)
-    for layer in range(config.num_hidden_layers):
-        keys, values = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
-        cache.update(keys, values, layer)
-
-
-def decode(model: Any, cache: Any, attention: str) -> Callable[[], None]:
-    """What one token is, timed."""
-    import torch
-
-    from vattn.transformers import cache_argument
-
-    token = torch.ones(1, 1, dtype=torch.long)
-
-    def step() -> None:
-        model.set_attn_implementation(attention)
-        with torch.inference_mode():
-            model(token, **cache_argument(cache), use_cache=True)
-
-    return step
+    """One of MODELS."""
+    return hf_arms.make_model(MODELS[heads], dtype)
 
 
 def time_arms(parameters: dict[str, Any], steps: int) -> Case:
@@ -147,7 +101,7 @@ def time_arms(parameters: dict[str, Any], steps: int) -> Case:
         for name in names:
             cache = make_cache(name, model.config, context + WARM_UP + steps)
             fill(cache, model.config, dtype, context)
-            arms[name] = decode(model, cache, "vattn" if name == FOLDING else "sdpa")
+            arms[name] = decode(model, cache, hf_arms.attention_of(name))
         found = take_turns(arms, steps, "ms", warm_up=WARM_UP, clock=time.process_time)
     finally:
         torch.set_num_threads(threads)

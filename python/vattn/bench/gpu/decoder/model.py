@@ -1,21 +1,28 @@
-"""A decoder like Llama's, of random weights, one token a request: RMSNorm, rotary positions, grouped queries, SwiGLU.
+"""A decoder like Llama's, of random weights: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
-Plain torch and nothing else, so that what surrounds the attention is the same for every memory. `Decoder.forward`
-makes no decision on the host and allocates only what torch's graphs can hold, so it can be captured once and replayed.
+Plain torch and nothing else, so that what surrounds the attention is the same for every memory. `Decoder.forward`, one
+token a request, makes no decision on the host and allocates only what torch's graphs can hold, so it can be captured
+once and replayed. `Decoder.prefill` is one request's whole prompt.
 Thread: one; the weights never change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from vattn.attention.sdpa import attend
+
 if TYPE_CHECKING:
     from vattn.bench.gpu.decoder.kernels import AttentionKernel
     from vattn.bench.gpu.decoder.memories import Memory
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,24 +95,57 @@ class Decoder:
         `tokens` (requests,) int64; `lengths` (requests,) int32, the token included; its keys and values are written to
         `memory` on the way. `longest` bounds the lengths: a number, so that a captured graph holds for all below it.
         """
-        shape = self.shape
         positions = lengths.long() - 1
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         places = memory.places(positions)
         hidden = functional.embedding(tokens, self.embedding)
         for number, layer in enumerate(self.layers):
-            normed = functional.rms_norm(hidden, (shape.hidden,), layer.attention_norm, 1e-5)
-            heads = functional.linear(normed, layer.qkv).view(len(tokens), -1, shape.head_dim)
-            rotated = rotate(heads[:, : shape.heads + shape.kv_heads], cos, sin)
-            query, key = rotated[:, : shape.heads], rotated[:, shape.heads :]
-            memory.write(number, places, key, heads[:, shape.heads + shape.kv_heads :])
+            query, key, value = self._heads(layer, hidden, cos, sin)
+            memory.write(number, places, key, value)
             keys, values = memory.layer(number)
             attended = kernel.attend(query, keys, values, lengths, memory.table, longest)
-            hidden = hidden + functional.linear(attended.flatten(1), layer.out)
-            normed = functional.rms_norm(hidden, (shape.hidden,), layer.ffn_norm, 1e-5)
-            gate, up = functional.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + functional.linear(functional.silu(gate) * up, layer.down)
-        return functional.linear(functional.rms_norm(hidden, (shape.hidden,), self.norm, 1e-5), self.head)
+            hidden = self._after(layer, hidden, attended)
+        return self._logits(hidden)
+
+    @torch.no_grad()
+    def prefill(self, tokens: torch.Tensor, layer_of: Callable[[int], Pair]) -> torch.Tensor:
+        """The logits, (vocabulary,), of the last of a prompt's `tokens` (n,) int64.
+
+        `layer_of(number)`: where a layer's keys and values are written and then read, (n, kv_heads, head_dim) each.
+        """
+        cos, sin = self.cos[: len(tokens), None], self.sin[: len(tokens), None]
+        hidden = functional.embedding(tokens, self.embedding)
+        for number, layer in enumerate(self.layers):
+            query, key, value = self._heads(layer, hidden, cos, sin)
+            keys, values = layer_of(number)
+            keys.copy_(key)
+            values.copy_(value)
+            attended = attend(heads_first(query), heads_first(keys), heads_first(values))
+            hidden = self._after(layer, hidden, attended[0].transpose(0, 1))
+        return self._logits(hidden[-1:])[0]
+
+    def _heads(self, layer: Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
+        """Queries, keys and values: (tokens, heads, head_dim) each."""
+        shape = self.shape
+        normed = functional.rms_norm(hidden, (shape.hidden,), layer.attention_norm, 1e-5)
+        heads = functional.linear(normed, layer.qkv).view(len(hidden), -1, shape.head_dim)
+        rotated = rotate(heads[:, : shape.heads + shape.kv_heads], cos, sin)
+        return rotated[:, : shape.heads], rotated[:, shape.heads :], heads[:, shape.heads + shape.kv_heads :]
+
+    def _after(self, layer: Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows the attention in a layer."""
+        hidden = hidden + functional.linear(attended.flatten(1), layer.out)
+        normed = functional.rms_norm(hidden, (self.shape.hidden,), layer.ffn_norm, 1e-5)
+        gate, up = functional.linear(normed, layer.gate_up).chunk(2, dim=-1)
+        return hidden + functional.linear(functional.silu(gate) * up, layer.down)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(functional.rms_norm(hidden, (self.shape.hidden,), self.norm, 1e-5), self.head)
+
+
+def heads_first(tokens: torch.Tensor) -> torch.Tensor:
+    """One request as torch's attention takes it: (1, heads, tokens, head_dim), a view."""
+    return tokens.transpose(0, 1)[None]
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
