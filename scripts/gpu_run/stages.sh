@@ -86,7 +86,7 @@ call_1() {
   run boundaries 80 bench boundaries --check &
   wait
   run driver 90 bench driver  # its questions first
-  VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run stress 45 tests 'cuda and running_work'
+  VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run stress 45 tests cuda tests/python/test_running_work.py
   run handles 30 bench handles  # may change the default page
   run decode 110 bench decode  # its last line says how many requests the memory held
   run kernel_decode 35 bench kernel_decode  # these two may change the default slicing
@@ -106,7 +106,7 @@ call_2() {
       tests) run again_tests 60 tests 'cuda and not running_work' -x -vv ;;
       cpp) run again_cpp 30 cpp '*uda*' --gtest_brief=0 ;;
       smoke) run again_smoke 30 smoke ;;
-      stress) VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run again_stress 45 tests 'cuda and running_work' ;;
+      stress) VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run again_stress 45 tests cuda tests/python/test_running_work.py ;;
       probe | install | machine) ;;
       boundaries) run again_boundaries 60 bench boundaries --check --fresh ;;
       *) run "again_$name" 60 bench "$name" ;;  # goes on after the cases that are there
