@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -61,16 +61,22 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def held_context() -> Iterator[None]:
+def held_context() -> Iterator[Callable[[], None]]:
     """A reference to the primary context, from the first test on cuda to the last: closing the only cache would destroy
-    it, and the next one make it anew, most of a second on a GPU."""
+    it, and the next one make it anew, most of a second on a GPU. Yields what takes it anew after a reset."""
+    skip_without_cuda()
     from vattn.bench.gpu.libcuda import Libcuda
 
-    cuda = Libcuda()
-    cuda.leave()  # it is current where somebody makes it so
-    yield
-    cuda.enter()
-    cuda.close()
+    held: list[Libcuda] = []
+
+    def hold() -> None:
+        held[:] = [Libcuda()]
+        held[0].leave()  # it is current where somebody makes it so
+
+    hold()
+    yield hold
+    held[0].enter()
+    held[0].close()
 
 
 def skip_without_cuda() -> None:
