@@ -11,6 +11,11 @@ bench() {  # bench NAME ARGUMENTS...: quick on the first call, so its figures ar
   "$PY" -m vattn bench --suite gpu --only "$1" --out "$R/bench${FULL:+-full}" "${more[@]}" "${@:2}"
 }
 
+boundaries() {  # on the fake with small pages, so that Triton's interpreter ends in seconds
+  [ -z "$FAKE" ] || export VATTN_FAKE_CUDA_GRANULARITY=65536 VATTN_BENCH_PAGE=65536
+  bench boundaries --check "$@"
+}
+
 tests() {  # tests EXPRESSION ARGUMENTS...: the Python tests of the CUDA driver, several at once where pytest can
   local expression=$1 many=()
   shift
@@ -59,7 +64,7 @@ beside() {  # question 6 in long: pages come and go between ranges that kernels 
 FAST=${FAKE:+1}  # a second, where there is no GPU to stress
 WORKERS=4
 [ -z "$FAKE" ] || WORKERS=2
-export -f bench tests cpp smoke machine sanitizer beside
+export -f bench boundaries tests cpp smoke machine sanitizer beside
 export GPU R PY FAKE WORKERS VATTN_RUNNING_WORK_SECONDS=
 
 # run NAME LIMIT FUNCTION...: a stage made of one of these functions.
@@ -83,7 +88,7 @@ call_1() {
   cpp_if_carried &
   run smoke 80 smoke &
   run tests 110 tests 'cuda and not running_work' &
-  run boundaries 80 bench boundaries --check &
+  run boundaries 80 boundaries &
   wait
   run driver 90 bench driver  # its questions first
   VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run stress 45 tests cuda tests/python/test_running_work.py
@@ -108,7 +113,7 @@ call_2() {
       smoke) run again_smoke 30 smoke ;;
       stress) VATTN_RUNNING_WORK_SECONDS=${FAST:-10} run again_stress 45 tests cuda tests/python/test_running_work.py ;;
       probe | install | machine) ;;
-      boundaries) run again_boundaries 60 bench boundaries --check --fresh ;;
+      boundaries) run again_boundaries 60 boundaries --fresh ;;
       *) run "again_$name" 60 bench "$name" ;;  # goes on after the cases that are there
     esac
   done

@@ -331,12 +331,12 @@ def test_triton_is_interpreted_on_the_fake_also_where_torch_imports_triton_itsel
         from vattn.tools.cli import main
 
         boundaries.KERNELS, boundaries.LAYOUTS = ("triton",), ("no guard",)
-        boundaries.lengths_of = lambda page: [1, 17]
         assert "torch" not in sys.modules and "triton" not in sys.modules
         options = ["bench", "--suite", "gpu", "--only", "boundaries", "--check", "--out", {str(tmp_path)!r}]
         sys.exit(main([*options, "--fake-cuda", {str(FAKE_CUDA)!r}]))
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"VATTN_BENCH_PAGE": str(64 << 10), "VATTN_FAKE_CUDA_GRANULARITY": str(64 << 10)}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env=env,
@@ -348,3 +348,5 @@ def test_triton_is_interpreted_on_the_fake_also_where_torch_imports_triton_itsel
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 bounds are held" in done.stdout
     assert "left out" not in done.stdout
+    facts = json.loads((tmp_path / "boundaries.json").read_text())["results"][0]["facts"]
+    assert max(facts["lengths"]) == 177, "a page of 64 KiB holds 64 tokens here"
