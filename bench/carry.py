@@ -13,9 +13,10 @@ What it gathers, with pip, from the index that pip is set up with:
 * `build`: wheels of nanobind and scikit-build-core, to build vattn itself there.
 * `xformers`, `cudnn`: optional; no benchmark asks for them.
 
-What it promises: DIR holds only what the manifest names, with sizes and checksums; what fails is told and left out;
-past the limit nothing is written. The status is 1 in both cases. Nothing of it belongs into a repository: DIR gets a
-.gitignore of its own. Not safe to run twice at once in one DIR.
+What it promises: DIR holds only what the manifest names, with sizes and checksums. What one run gathers replaces what
+an earlier one did; each kind is written as soon as it is there, so a run cut short leaves those before it, whole. What
+fails, or would go past the limit, is told and left out; the status is then 1. Nothing of it belongs into a repository:
+DIR gets a .gitignore of its own. Not safe to run twice at once in one DIR.
 """
 
 from __future__ import annotations
@@ -84,43 +85,64 @@ def main() -> int:
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"--only: {unknown[0]} is not one of {', '.join(known)}")
     failed = []
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        for name in chosen:
-            work = Path(scratch) / name
+    carried = Folder(args.folder, args.limit_mib)
+    for name in chosen:
+        with tempfile.TemporaryDirectory() as scratch:  # vllm's wheel is large: gone before the next one comes
+            made, work = Path(scratch) / "made", Path(scratch) / "work"
+            made.mkdir()
             work.mkdir()
             try:
                 known[name](made, work, args)
-            except (OSError, KeyError, subprocess.CalledProcessError, zipfile.BadZipFile) as error:
+                carried.add(made)
+            except (OSError, KeyError, subprocess.CalledProcessError, zipfile.BadZipFile, TooMuchError) as error:
                 failed.append(name)
-                print(f"{name}: left out: {error}", file=sys.stderr)
-            shutil.rmtree(work, ignore_errors=True)  # vllm's wheel is large
-        files = {str(path.relative_to(made)): path for path in sorted(made.rglob("*")) if path.is_file()}
-        total = sum(path.stat().st_size for path in files.values())
-        for name, path in files.items():
-            print(f"{path.stat().st_size / 2**20:8.1f} MiB  {name}")
-        print(f"{total / 2**20:8.1f} MiB  together")
-        if total > args.limit_mib * 2**20:
-            print(f"over the limit of {args.limit_mib:g} MiB: take less with --only", file=sys.stderr)
-            return 1
-        if files:
-            put(made, files, args.folder)
-    return 1 if failed or not files else 0
+                print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
+    print(f"{carried.bytes / 2**20:8.1f} MiB  together")
+    return 1 if failed else 0
 
 
-def put(made: Path, files: dict[str, Path], folder: Path) -> None:
-    """The folder, anew: the manifest is the last thing written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        for old in json.loads(manifest.read_text())["files"]:
-            (folder / old).unlink(missing_ok=True)
-        manifest.unlink()
-    (folder / ".gitignore").write_text("*\n")
-    known = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
-    shutil.copytree(made, folder, dirs_exist_ok=True)
-    manifest.write_text(json.dumps({"files": known}, indent=1) + "\n")
+class TooMuchError(Exception):
+    """The folder would hold more than it may."""
+
+
+class Folder:
+    """DIR, as far as it is made: after every `add` its manifest names all that is there, however this process ends."""
+
+    def __init__(self, folder: Path, limit_mib: float) -> None:
+        self.folder, self.limit_mib = folder, limit_mib
+        self.files: dict[str, dict[str, object]] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(str(known["bytes"])) for known in self.files.values())
+
+    def add(self, made: Path) -> None:
+        """Everything in `made`, with a line for each file. TooMuchError, and nothing of it, past the limit."""
+        paths = {str(path.relative_to(made)): path for path in sorted(made.rglob("*")) if path.is_file()}
+        more = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()}
+        total = sum(int(str(known["bytes"])) for known in {**self.files, **more}.values())
+        if total > self.limit_mib * 2**20:
+            raise TooMuchError(f"{total / 2**20:.1f} MiB with it, over the limit of {self.limit_mib:g} MiB")
+        if not self.files:
+            self.empty()
+        self.files |= more
+        shutil.copytree(made, self.folder, dirs_exist_ok=True)
+        manifest = self.folder / MANIFEST
+        beside = manifest.with_suffix(".new")
+        beside.write_text(json.dumps({"files": self.files}, indent=1) + "\n")
+        beside.replace(manifest)  # whole or not at all, and after the files
+        for name, path in paths.items():
+            print(f"{path.stat().st_size / 2**20:8.1f} MiB  {name}", flush=True)
+
+    def empty(self) -> None:
+        """Takes away what an earlier run's manifest names, and what one left that was cut while it wrote."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.folder / MANIFEST
+        if manifest.is_file():
+            for old in json.loads(manifest.read_text())["files"]:
+                (self.folder / old).unlink(missing_ok=True)
+            manifest.unlink()
+        (self.folder / ".gitignore").write_text("*\n")
 
 
 def download(names: tuple[str, ...], into: Path, python: str) -> list[Path]:

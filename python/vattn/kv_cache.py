@@ -440,7 +440,9 @@ class KVCache(Generic[ValueT]):
 
         Args:
             slots, positions: entry i writes to ``positions[i]`` of ``slots[i]``, and a span to that and the following
-                positions. Lists, tuples, and arrays of int64 or int32 cost least.
+                positions. Lists, tuples, and arrays of int64 or int32 cost least. On cuda they are copied to the device
+                in every call, which waits for the current stream, and which a capture into a graph refuses:
+                ``rows(slots)`` keeps them there.
             k: ``(n, num_kv_heads, head_dim)``, one token an entry, or ``(n, tokens, num_kv_heads, head_dim)``, a span
                 an entry; of the cache's dtype, on its device.
             v: alike, with ``v_head_dim``; None in a cache of keys only.

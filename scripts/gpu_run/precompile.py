@@ -1,6 +1,6 @@
 """Compiles vattn's Triton kernels for Hopper on a machine without a GPU, into TRITON_CACHE_DIR.
 
-What the quick grids, `boundaries`, the quick `decode` and the smoke launch is launched here on meta tensors, with a
+What the quick grids, `boundaries`, `decode` and the smoke launch is launched here on meta tensors, with a
 driver that only says which GPU is meant; a launch ends when the kernel is compiled. The cache serves the same release
 of Triton and the same source alone. Prints a line a variant. An argument: only so many launches. Thread: one; it
 changes Triton for the whole process.
@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from vattn.attention import triton_attention
 from vattn.attention.kernel import Blocks, Memory, Rows
 from vattn.bench.gpu.boundaries import lengths_of
+from vattn.bench.gpu.decode import REQUESTS
 from vattn.bench.gpu.kernel_grid import QUICK
 
 #: An H100's or H200's compute capability, its threads a warp, its multiprocessors.
@@ -74,8 +75,10 @@ def launches() -> Iterator[tuple[Memory, int, int, int, int, int]]:
         yield (rows(lengths), queries, 32, 8, 64, 1)
         for size in (16, 64, 128, 256):
             yield (blocks(lengths, size), queries, 32, 8, 64, 1)
-    yield (rows([4096 + 64] * 8), 1, 32, 8, 64, 1)  # decode, and its blocks
-    yield (blocks([4096 + 64] * 8, 16), 1, 32, 8, 64, 1)
+    # decode, and its blocks: quick, and as many requests as may fit.
+    for requests, longest in ((8, 4096 + 64), *((count, 16_384 + 256) for count in REQUESTS)):
+        yield (rows([longest] * requests), 1, 32, 8, 64, 1)
+        yield (blocks([longest] * requests, 16), 1, 32, 8, 64, 1)
     for lengths, queries in (([1025, 33, 4097], 1), ([1025, 33, 4097], 5), ([2048], 1), ([8192] * 2, 1)):
         yield (rows(lengths), queries, 32, 8, 64, 1)
 

@@ -1,7 +1,7 @@
 """Makes ready for a GPU that is lent for minutes: the folder .gpu, which travels there, and a dry run of it here.
 
     scripts/gpu-run prepare [--python PYTHON]     # needs no GPU; minutes
-    scripts/gpu-run dry-run [--call 1|2|short]    # what prepare made, on the fake libcuda, called libcuda.so.1
+    scripts/gpu-run dry-run [--call 1|2|least|short]    # what prepare made, on the fake libcuda, called libcuda.so.1
     scripts/gpu-run check                         # the short dry run of a checkout, with nothing prepared: CI's
 
 `prepare` gathers vattn's wheel and the one that it needs, the C++ tests, Triton's compiled kernels, FlashAttention-3,
@@ -56,7 +56,7 @@ def main() -> int:
     prepare_.add_argument("--triton-python", type=Path, help="one with torch and triton of the machine's releases")
     prepare_.add_argument("--no-dry-run", action="store_true")
     dry_run_ = commands.add_parser("dry-run", help="run what prepare made on the fake")
-    dry_run_.add_argument("--call", default="1", choices=["1", "2", "short"])
+    dry_run_.add_argument("--call", default="1", choices=["1", "2", "least", "short"])
     for each in (prepare_, dry_run_):
         each.add_argument(
             "--python", type=Path, default=VENV, help="for the dry run: an environment like the machine's"

@@ -3,8 +3,8 @@
 #
 # `scripts/gpu-run prepare` puts it, with all that it needs, into .gpu; CALL is a function call_CALL of stages.sh beside it. Nothing is
 # downloaded or compiled. Promise: after every stage everything known so far is in OUT/results.tar.gz, written beside it and renamed, so
-# whatever ends this script, and whenever, that file is whole; a stage is in it before its line is printed. A stage has its own limit, and
-# is left out where less than that remains of the call's. Exit status: 0 where every stage that ran ended well, and none was left out.
+# whatever ends this script, and whenever, that file is whole; a stage is in it before its line is printed. A stage has its own limit;
+# where less than that remains of the call's it has what remains, and where that is less than half it is left out. Exit status: 0 where every stage that ran ended well, and none was left out.
 #
 # The settings of the machine are left alone. For a machine without a GPU: VATTN_GPU_RUN_FAKE names the fake libcuda, which is then found
 # under the name libcuda.so.1; VATTN_GPU_RUN_WORK where to work, VATTN_GPU_RUN_SLOW by what limits are multiplied, PYTHON which one.
@@ -44,12 +44,14 @@ tell() {
 
 # stage NAME LIMIT COMMAND...: its output in NAME.log, its last line told. Its status is the stage's.
 stage() {
-  local name=$1 most=$(($2 * SLOW)) start=$SECONDS status words
+  local name=$1 most=$(($2 * SLOW)) start=$SECONDS left status words
   shift 2
-  if [ $((limit * SLOW - (SECONDS - begin))) -lt "$most" ]; then
-    tell "$name" "left out" 0 "it may take ${most}s, and less is left of the call"
+  left=$((limit * SLOW - (SECONDS - begin) - 2)) # two seconds are for the last tar
+  if [ $((2 * left)) -lt "$most" ]; then
+    tell "$name" "left out" 0 "it may take ${most}s, and ${left}s are left of the call"
     return 1
   fi
+  [ "$most" -le "$left" ] || most=$left
   timeout -k 5 "$most" "$@" >"$R/$name.log" 2>&1
   status=$?
   words=$(grep -v '^[[:space:]]*$' "$R/$name.log" | tail -n 1 | cut -c 1-120)

@@ -27,6 +27,7 @@ INSTANTIATE_TEST_SUITE_P(Cuda, DriverContract,
                                                          .read = cuda::read_device,
                                                          .unavailable = why_not,
                                                          .alive = cuda::alive_on_fake,
+                                                         .may_call_huge_sizes_invalid = [] { return !cuda::on_fake(); },
                                                          .check_gone = check_gone}),
                          name_of_driver);
 

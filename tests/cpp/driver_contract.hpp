@@ -32,6 +32,9 @@ struct DriverUnderTest {
   std::function<std::string()> unavailable{};
   /// Counts of what is alive, for a driver that has a way to tell: equal before and after a refused call.
   std::function<std::vector<std::uint64_t>()> alive{};
+  /// Whether a size past all memory may be refused as no size at all, which a GPU's driver may do before it looks at its
+  /// memory.
+  std::function<bool()> may_call_huge_sizes_invalid{};
   /// Called when the driver is gone and nothing of it should be left.
   std::function<void()> check_gone{};
 };

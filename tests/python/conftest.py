@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -56,7 +56,27 @@ def device(request: pytest.FixtureRequest) -> str:
     """Each device the contract holds on."""
     if request.param == "cuda":
         skip_without_cuda()
+        request.getfixturevalue("held_context")
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def held_context() -> Iterator[Callable[[], None]]:
+    """A reference to the primary context, from the first test on cuda to the last: closing the only cache would destroy
+    it, and the next one make it anew, most of a second on a GPU. Yields what takes it anew after a reset."""
+    skip_without_cuda()
+    from vattn.bench.gpu.libcuda import Libcuda
+
+    held: list[Libcuda] = []
+
+    def hold() -> None:
+        held[:] = [Libcuda()]
+        held[0].leave()  # it is current where somebody makes it so
+
+    hold()
+    yield hold
+    held[0].enter()
+    held[0].close()
 
 
 def skip_without_cuda() -> None:
@@ -65,10 +85,11 @@ def skip_without_cuda() -> None:
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeCuda]:
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
     """The fake driver library, with nothing failing; every test ends without having broken a rule of the real one."""
     if FAKE_CUDA is None:
         pytest.skip("needs the fake driver library")
+    request.getfixturevalue("held_context")
     from fake_cuda import FakeCuda
 
     library = FakeCuda()

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import FAKE_CUDA, ON_GPU
 from fake_cuda import FakeCuda
-from vattn.bench.gpu import driver_child
+from vattn.bench.gpu import driver_capture, driver_child, driver_costs
 from vattn.bench.gpu.accelerator import COUNTS_BYTES, PTX, Accelerator
 from vattn.bench.gpu.libcuda import FUNCTIONS, Libcuda
 from vattn.bench.gpu.memory import Memory
@@ -126,9 +126,35 @@ def test_calls_are_timed_idle_and_beside_both_kernels(gpu: Accelerator) -> None:
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_captures_begin_in_the_mode_asked_for_and_end_before_the_clean_up(gpu: Accelerator, mode: int) -> None:
-    seen = driver_child.capture(gpu, mode)
+    seen = driver_capture.capture(gpu, mode)
     assert seen["capturing thread"]["map"] == ["CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "CUDA_SUCCESS"]
     assert seen["another thread, relaxed"]["map"] == ["CUDA_SUCCESS", "CUDA_SUCCESS"]
+    for answers in seen.values():
+        assert set(answers) == {*driver_costs.CALLS, *driver_capture.WORK_CALLS}
+
+
+def test_a_capture_that_a_call_ended_is_told_and_the_next_capture_is_whole(gpu: Accelerator) -> None:
+    """A real driver ends a capture in which somebody waits for the context: 900 for the call, 901 at the end."""
+    cuda, invalidated = gpu.cuda, [False]
+    assert isinstance(cuda, PlayedLibcuda)
+
+    def synchronize() -> int:
+        invalidated[0] = True
+        return 900
+
+    def end(stream: int, graph: int) -> int:
+        code = 901 if invalidated[0] else 0
+        invalidated[0] = False
+        return cuda.cuStreamEndCapture(stream, graph) or code
+
+    cuda.play("cuCtxSynchronize", synchronize)
+    cuda.play("cuStreamEndCapture", end)
+    seen = driver_capture.capture(gpu, 0)
+    for caller in driver_capture.CALLERS:
+        unsupported, ended = seen[caller]["ctx_synchronize"]
+        assert unsupported == "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+        assert ended == "CUresult 901", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, whose name the fake does not know"
+        assert seen[caller]["mem_get_info"] == ["CUDA_SUCCESS", "CUDA_SUCCESS"]
 
 
 def test_memory_that_was_written_and_released_is_searched(gpu: Accelerator) -> None:

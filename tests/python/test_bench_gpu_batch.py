@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_the_batch_reached_is_what_the_arithmetic_of_pages_says(cases: list[Case
         pages = PageMath(geometry, case.parameters["page_bytes"], layers)
         for reached, lengths in zip(case.arms[0].samples, draws, strict=True):
             taken = sum(pages.mapped_bytes(length) for length in lengths[: int(reached)])
-            left = batch.budget(fake_settings()) - taken
+            left = case.facts["memory_bytes"] - taken
             assert 0 <= left < pages.mapped_bytes(lengths[int(reached)]), case.label
 
 
@@ -56,12 +57,38 @@ def test_the_memory_is_really_taken_from_the_device(fake: FakeCuda) -> None:
         cuda = batch.Libcuda()
         created = fake.calls("cuMemCreate")
         parameters = {"page_bytes": batch.PAGE, "model": "llama-3-8b", "layout": batch.LAYOUTS[1]}
-        with vattn.PagePool("cuda:0", memory_limit=batch.budget(settings), page_size=batch.PAGE) as pool:
-            case = batch.measure(settings, parameters, pool, batch.drawn(settings))
-            assert pool.stats().created_bytes > 0.9 * batch.budget(settings)
+        limit = 512 << 20
+        with vattn.PagePool("cuda:0", memory_limit=limit, page_size=batch.PAGE) as pool:
+            case = batch.measure(settings, parameters, pool, batch.drawn(settings), "as it is")
+            assert pool.stats().created_bytes > 0.9 * limit
         cuda.close()
-        assert (fake.calls("cuMemCreate") - created) * batch.PAGE <= batch.budget(settings), "reused"
+        assert (fake.calls("cuMemCreate") - created) * batch.PAGE <= limit, "reused"
     assert all(0.5 < share <= 1 for share in case.facts["share_of_mapped_bytes_in_use"])
+
+
+@pytest.mark.parametrize(("free_gib", "gib"), [(139, 32), (78, 32), (32, 32), (31.9, 16), (10, 8)])
+def test_the_memory_is_as_much_as_is_free_of_32_16_or_8_gib(free_gib: float, gib: int) -> None:
+    sized = batch.budget(Settings(), int(free_gib * (1 << 30)))
+    assert sized.count << 20 == gib << 30
+    assert sized.words.startswith(f"{gib << 10} MiB for requests: {free_gib:.1f} GiB are free")
+
+
+@pytest.mark.parametrize(("free_mib", "mib"), [(600, 512), (400, 384), (300, 256)])
+def test_with_little_free_the_cases_have_less_and_say_so(fake: FakeCuda, free_mib: int, mib: int) -> None:
+    with large_and_sparse(fake):
+        fake.library.fake_cuda_set_memory(ctypes.c_uint64(free_mib << 20))
+        one, *_ = batch.BENCHMARK.run(fake_settings())
+    assert one.facts["memory_bytes"] == mib << 20
+    assert one.facts["sized"].startswith(f"{mib} MiB for requests: {free_mib}.0 MiB are free")
+
+
+def test_with_too_little_free_every_case_is_skipped_with_the_amounts(fake: FakeCuda) -> None:
+    with large_and_sparse(fake):
+        fake.library.fake_cuda_set_memory(ctypes.c_uint64(100 << 20))
+        cases = list(batch.BENCHMARK.run(fake_settings()))
+    assert len(cases) == batch.BENCHMARK.count(fake_settings())
+    reason = "100.0 MiB of GPU memory are free, and 256 MiB for requests need 256.0 MiB: free some"
+    assert {case.skipped for case in cases} == {reason}
 
 
 def test_requests_come_from_the_trace_that_was_given(tmp_path: Path) -> None:

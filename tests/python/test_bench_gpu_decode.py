@@ -3,8 +3,10 @@ what the cases hold."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from vattn.bench.gpu import decode
 from vattn.bench.gpu.decoder.kernels import SdpaKernel
 from vattn.bench.gpu.decoder.memories import BLOCK_TOKENS, RandomBlockTable, StaticMemory, VattnMemory
 from vattn.bench.gpu.decoder.model import LLAMA_3_8B, Decoder, Shape
+from vattn.tools.cli import main
 
 pytestmark = pytest.mark.skipif(ON_GPU or FAKE_CUDA is None, reason="needs the fake driver library")
 
@@ -129,8 +132,75 @@ def test_without_a_gpu_every_case_is_skipped_with_the_reason() -> None:
 # The plan for a GPU.
 
 
-def on_a_gpu() -> decode.Plan:
-    return decode.Plan(LLAMA_3_8B, 32, 16_384, 256, 2, decode.PAGE, torch.device("cpu"), False)
+def on_a_gpu(requests: int = 32) -> decode.Plan:
+    return decode.Plan(LLAMA_3_8B, requests, 16_384, 256, 2, decode.PAGE, torch.device("cpu"), False)
+
+
+class PretendCuda:
+    """torch.cuda of a GPU with so much free."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def is_available(self) -> bool:
+        return True
+
+    def set_device(self, device: torch.device) -> None:
+        assert device.type == "cuda"
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return self.free, self.free + (1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("quick", "free_gib", "requests"),
+    [(False, 139, 32), (False, 100, 32), (False, 98, 16), (False, 78, 16), (False, 62, 16), (False, 60, 8),
+     (False, 43, 8), (True, 139, 8), (True, 78, 8), (True, 31, 8)],
+)  # fmt: skip
+def test_a_gpu_decodes_as_many_requests_as_its_free_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, quick: bool, free_gib: int, requests: int
+) -> None:
+    monkeypatch.setattr(torch, "cuda", PretendCuda(free_gib << 30))
+    chosen = decode.plan_of(Settings(quick=quick))
+    assert chosen.requests == requests
+    assert chosen.needed <= free_gib << 30
+    assert chosen.sized.startswith(f"{requests} requests: {free_gib}.0 GiB are free and ")
+    assert ("; 32 need 99.0 GiB" in chosen.sized) == (not quick and requests < 32), "and why not more"
+    assert (chosen.context, chosen.steps) == ((4096, 64) if quick else (16_384, 256))
+
+
+@pytest.mark.parametrize(("quick", "free_gib", "needed"), [(False, 40, "42.0"), (True, 29, "30.0")])
+def test_a_gpu_without_memory_for_eight_requests_decodes_none_and_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, quick: bool, free_gib: int, needed: str
+) -> None:
+    monkeypatch.setattr(torch, "cuda", PretendCuda(free_gib << 30))
+    cases = list(decode.BENCHMARK.run(Settings(quick=quick)))
+    reason = f"{free_gib}.0 GiB of GPU memory are free, and 8 requests need {needed} GiB: free some"
+    assert [case.skipped for case in cases] == [reason] * len(decode.parameters_of(Settings()))
+
+
+@pytest.mark.parametrize(("share", "requests"), [(1.0, 4), (0.99, 2), (0.5, 2), (0.49, 1)])
+def test_over_the_fake_too_the_free_memory_decides_and_the_case_says_so(
+    fake: FakeCuda, share: float, requests: int
+) -> None:
+    free = int(plan().needed * share)
+    with large_and_sparse(fake):
+        fake.library.fake_cuda_set_memory(ctypes.c_uint64(free))
+        case, _ = decode.BENCHMARK.run(fake_settings())
+    assert not case.skipped, case.skipped
+    assert case.facts["requests"] == requests
+    assert case.facts["sized"].startswith(f"{requests} requests: ")
+    assert case.facts[decode.MAPPER]["mapped_bytes"] <= free
+
+
+def test_the_last_line_of_the_command_says_how_many_requests_there_were(
+    tmp_path: Path, fake: FakeCuda, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with large_and_sparse(fake):
+        fake.library.fake_cuda_set_memory(ctypes.c_uint64(int(plan().needed * 0.6)))
+        options = ["bench", "--suite", "gpu", "--only", "decode", "--quick", "--fake-cuda", str(FAKE_CUDA)]
+        assert main([*options, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("decode: 2 requests: ")
 
 
 def test_each_request_begins_a_page_once_within_the_steps_and_each_at_another_step() -> None:

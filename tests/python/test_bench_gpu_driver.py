@@ -15,7 +15,7 @@ from conftest import FAKE_CUDA, ON_GPU, ROOT
 from fake_cuda import FakeCuda
 from gpu_bench import fake_settings, run_on_fake
 from vattn.bench.benchmark import Case, Settings
-from vattn.bench.gpu import accelerator, driver, driver_costs, driver_questions, libcuda, supply
+from vattn.bench.gpu import accelerator, driver, driver_capture, driver_costs, driver_questions, libcuda, supply
 
 pytestmark = pytest.mark.skipif(ON_GPU or FAKE_CUDA is None, reason="needs the fake driver library")
 
@@ -151,6 +151,21 @@ def test_during_a_capture_only_relaxed_threads_may_call(cases: list[Case], mode:
         "another thread": [],
         "another thread, relaxed": list(driver_costs.CALLS),
     }
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_during_a_capture_work_on_another_stream_is_asked_about_call_by_call(cases: list[Case], mode: str) -> None:
+    evidence = answer(cases, question=3, capture_mode=mode).facts["evidence"]
+    strict = ["stream_wait_event", "memset", "mem_get_info"]
+    relaxed = [call for call in driver_capture.WORK_CALLS if call != "ctx_synchronize"]
+    assert evidence["legal_beside_pages"] == {
+        "capturing thread": strict,
+        "capturing thread, relaxed": relaxed,
+        "another thread": strict,
+        "another thread, relaxed": relaxed,
+    }
+    refused = ["CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "CUDA_SUCCESS"]
+    assert evidence["another thread, relaxed"]["ctx_synchronize"] == refused
 
 
 def test_experiments_give_everything_back_and_break_no_rule_but_those_they_ask_about(cases: list[Case]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 
 import vattn.bench.runner as runner
+from conftest import FAKE_CUDA
 from vattn.bench import machine
 from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
 from vattn.bench.measure import join, take_turns
@@ -279,7 +284,7 @@ def test_the_gpu_suite_is_whole_and_begins_with_what_is_right() -> None:
     names = [benchmark.name for benchmark in benchmarks("gpu")]
     assert names[0] == "boundaries"
     kernels = {"kernel_prefill", "kernel_decode", "kernel_pages", "prefill_rows", "hf"}
-    assert set(names) == {"boundaries", "driver", "gpu_step", "decode", "batch"} | kernels
+    assert set(names) == {"boundaries", "driver", "handles", "gpu_step", "decode", "batch"} | kernels
 
 
 def test_the_registry_knows_every_module_once() -> None:
@@ -306,3 +311,42 @@ def test_a_machine_has_the_name_of_its_processor(name: str, slug: str) -> None:
 
 def test_a_run_on_the_fake_driver_is_named_so() -> None:
     assert machine.describe("gpu", fake=True)["name"] == "fake-cuda"
+
+
+def test_triton_is_interpreted_on_the_fake_also_where_torch_imports_triton_itself(tmp_path: Path) -> None:
+    """As torch 2.11 does: whoever says how Triton is to run must say it before torch is imported."""
+    pytest.importorskip("triton")
+    if FAKE_CUDA is None:
+        pytest.skip("needs the fake driver library")
+    program = f"""
+        import sys
+
+        class WithTriton:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch" and "triton" not in sys.modules:
+                    import triton
+
+        sys.meta_path.insert(0, WithTriton())
+        from vattn.bench.gpu import boundaries
+        from vattn.tools.cli import main
+
+        boundaries.KERNELS, boundaries.LAYOUTS = ("triton",), ("no guard",)
+        assert "torch" not in sys.modules and "triton" not in sys.modules
+        options = ["bench", "--suite", "gpu", "--only", "boundaries", "--check", "--out", {str(tmp_path)!r}]
+        sys.exit(main([*options, "--fake-cuda", {str(FAKE_CUDA)!r}]))
+    """
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"VATTN_BENCH_PAGE": str(64 << 10), "VATTN_FAKE_CUDA_GRANULARITY": str(64 << 10)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 bounds are held" in done.stdout
+    assert "left out" not in done.stdout
+    facts = json.loads((tmp_path / "boundaries.json").read_text())["results"][0]["facts"]
+    assert max(facts["lengths"]) == 177, "a page of 64 KiB holds 64 tokens here"

@@ -170,6 +170,23 @@ def test_a_stage_that_no_longer_fits_into_the_call_is_left_out(tmp_path: Path) -
     assert table[1].split()[:2] == ["short", "ok"]
 
 
+def test_a_stage_has_what_is_left_of_the_call_where_that_is_half_of_its_limit(tmp_path: Path) -> None:
+    stages = """
+    call_1() {
+      limit=5
+      stage long 6 sleep 60
+      stage short 1 echo fine
+    }
+    """
+    status, _, files = finish(folder_with(tmp_path, stages), tmp_path)
+    table = files["./stages.1.txt"].decode().splitlines()
+    assert status == 1
+    assert "cut (124)" in table[0]
+    seconds = int(table[0].split("s at")[0].split()[-1])
+    assert seconds <= 4, "and ended before the call's limit"
+    assert "left out" in table[1], "nothing is left for another"
+
+
 def gpu_run() -> ModuleType:
     loader = SourceFileLoader("gpu_run_script", str(SCRIPTS / "prepare.py"))
     spec = importlib.util.spec_from_loader(loader.name, loader)

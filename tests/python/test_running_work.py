@@ -51,6 +51,8 @@ class Readers:
         self.cache = cache
         self.slots = slots
         self.wrong = [torch.zeros((), dtype=torch.int64, device="cuda" if ON_GPU else "cpu") for _ in slots]
+        if ON_GPU:
+            torch.cuda.synchronize()  # the zeros are there before another stream adds to them
         self.rounds = [0] * len(slots)
         self.stop = threading.Event()
         self.threads = [threading.Thread(target=self.read, args=(i,)) for i in range(len(slots))]

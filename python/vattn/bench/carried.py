@@ -55,10 +55,10 @@ def no_gpu(settings: Settings) -> str:
 def use(folder: Path | None, interpret: bool = False) -> dict[str, str]:
     """Make what is in the folder importable. By name, why it is left out; empty where it is used.
 
-    `interpret`: Triton is to run without a GPU, if it has not been imported yet.
+    `interpret`: as `interpret_triton`.
     """
-    if interpret and "triton" not in sys.modules:
-        os.environ["TRITON_INTERPRET"] = "1"
+    if interpret:
+        interpret_triton()
     if folder is None:
         return {}
     folder = folder.resolve()
@@ -68,6 +68,12 @@ def use(folder: Path | None, interpret: bool = False) -> dict[str, str]:
             if reason:
                 log.warning("%s, carried in %s, is left out: %s", name, folder, reason)
     return _used[folder]
+
+
+def interpret_triton() -> None:
+    """Triton is to run without a GPU: to be said before it is imported, which some releases of torch do themselves."""
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def unpack(folder: Path, site: Path) -> None:

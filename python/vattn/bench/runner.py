@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vattn.bench import machine
+from vattn.bench import carried, machine
 from vattn.bench.benchmark import Benchmark, Case, Settings
 from vattn.bench.plots import plot
 from vattn.bench.programs import MissingProgramError
@@ -40,6 +40,7 @@ class Outcome:
     judged: int = 0
     not_held: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    sized: list[str] = field(default_factory=list)  #: how much was taken on, where that depends on the free memory
     verdicts: list[str] = field(default_factory=list)
     stopped: bool = False
 
@@ -96,6 +97,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if fake and args.suite != "host":
         # Before the first use of CUDA in this process.
         os.environ["VATTN_CUDA_LIBRARY"] = str(fake)
+    if (fake or args.device == "cpu") and args.suite != "host":
+        carried.interpret_triton()  # nothing has imported torch yet
     return Settings(
         quick=args.quick,
         device=args.device,
@@ -164,6 +167,8 @@ def finish(benchmark: Benchmark, file: ResultFile, outcome: Outcome) -> bool:
     cases = [case_from_json(case) for case in file.cases]
     print_report(f"{benchmark.name}: {benchmark.question}", cases)
     for case in cases:
+        if line := case.facts.get("sized"):
+            outcome.sized.append(f"{benchmark.name}: {line}")
         for bound in case.bounds if not case.skipped else ():
             outcome.judged += 1
             if not bound.is_held(case):
@@ -181,6 +186,8 @@ def conclude(outcome: Outcome, check: bool) -> int:
         print(f"  {line}")
     if outcome.stopped:
         print("stopped at the time given; the same command goes on from here")
+    for line in dict.fromkeys(outcome.sized):
+        print(line)
     for verdict in outcome.verdicts:
         print(verdict)
     if outcome.failed:

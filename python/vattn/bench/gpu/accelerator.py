@@ -259,7 +259,11 @@ class FakeAccelerator(Accelerator):
 
 def open_accelerator(ordinal: int = 0) -> Accelerator:
     """The GPU, or the fake library where that is what ``VATTN_CUDA_LIBRARY`` names."""
-    cuda = Libcuda(ordinal)
+    return over(Libcuda(ordinal))
+
+
+def over(cuda: Libcuda) -> Accelerator:
+    """The same, on a library that is open already."""
     return FakeAccelerator(cuda) if cuda.is_fake else Accelerator(cuda)
 
 

@@ -1,5 +1,7 @@
 """E5: how many requests does a fixed memory hold at once, by page size and layout, with their memory really there?
 
+The memory is 32 GiB, or 16 or 8 where no more is free, which the facts and the last line say.
+
 Requests in the order of a trace (or of one made up on the spot, with a conversation service's lengths), started at
 places drawn at random: each gets memory for its whole length, prompt and answer, through ``KVCache.step`` on the
 device, until one does not fit. That number is the sample. Beside it, with the same requests in the same budget, by
@@ -22,6 +24,7 @@ from typing import Any
 import vattn
 from vattn.bench.benchmark import Arm, Benchmark, Case, Settings
 from vattn.bench.gpu.libcuda import CudaError, Libcuda, choose_library
+from vattn.bench.gpu.sizing import Sized, TooLittleMemoryError, choose
 from vattn.tools.geometry import MODELS, Geometry
 from vattn.tools.memories import PagedMemory, StaticMemory
 from vattn.tools.synthetic import write_trace
@@ -32,6 +35,8 @@ NAMES = ("yi-6b", "llama-3-8b", "yi-34b")
 MAX_SEQ_LEN, MOST = 16_384, 1024  # tokens a request, requests at once
 PAGED, STATIC = "paged 16", "static"
 PAGE = 2 << 20
+#: MiB, by what is free: the first that fits.
+BUDGETS, FAKE_BUDGETS = (32 << 10, 16 << 10, 8 << 10), (512, 384, 256)
 LAYOUTS = ("a layer a tensor", "all layers in one")
 
 
@@ -43,20 +48,19 @@ def run(settings: Settings) -> Iterator[Case]:
         cuda = Libcuda(choose_library(settings))
         free = cuda.free_bytes()
         cuda.close()
-        problem = (
-            "" if free > budget(settings) else f"{free >> 20} MiB are free and {budget(settings) >> 20} are needed"
-        )
+        sized = budget(settings, free)
     except (OSError, CudaError) as error:
-        problem = f"no CUDA driver here: {error}"
-    if problem:
-        yield from (Case("batch", each, skipped=problem) for each in left)
+        yield from (Case("batch", each, skipped=f"no CUDA driver here: {error}") for each in left)
+        return
+    except TooLittleMemoryError as error:
+        yield from (Case("batch", each, skipped=str(error)) for each in left)
         return
     draws = drawn(settings)
     for page in sorted({each["page_bytes"] for each in left}, reverse=True):
-        with vattn.PagePool(settings.device, memory_limit=budget(settings), page_size=page) as pool:
+        with vattn.PagePool(settings.device, memory_limit=sized.count << 20, page_size=page) as pool:
             for parameters in left:
                 if parameters["page_bytes"] == page:
-                    yield measure(settings, parameters, pool, draws)
+                    yield measure(settings, parameters, pool, draws, sized.words)
 
 
 def pages_of(settings: Settings) -> list[int]:
@@ -78,9 +82,12 @@ def parameters_of(settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
-def budget(settings: Settings) -> int:
-    """Bytes: 32 GiB; on the fake library as much as shows that it works."""
-    return 512 << 20 if settings.fake_cuda is not None else 32 << 30
+def budget(settings: Settings, free: int) -> Sized:
+    """MiB for everybody: what 32 GiB or less are free for; on the fake library as much as shows that it works.
+
+    TooLittleMemoryError where not even the least is free."""
+    counts = FAKE_BUDGETS if settings.fake_cuda is not None else BUDGETS
+    return choose("MiB for requests", counts, free, lambda mib: mib << 20)
 
 
 def drawn(settings: Settings) -> list[list[int]]:
@@ -99,10 +106,13 @@ def drawn(settings: Settings) -> list[list[int]]:
     return [[lengths[(start + number) % len(lengths)] for number in range(MOST)] for start in starts]
 
 
-def measure(settings: Settings, parameters: dict[str, Any], pool: vattn.PagePool, draws: list[list[int]]) -> Case:
+def measure(
+    settings: Settings, parameters: dict[str, Any], pool: vattn.PagePool, draws: list[list[int]], sized: str
+) -> Case:
+    """One case, of a pool whose limit is everybody's memory; `sized`: why so much."""
     geometry = MODELS[parameters["model"]]
     sliced = parameters["layout"] == LAYOUTS[1]
-    limit = budget(settings)
+    limit = pool.stats().limit_bytes
     name = f"vattn, {parameters['layout']}"
     samples: dict[str, list[float]] = {name: [], PAGED: [], STATIC: []}
     used = []
@@ -115,6 +125,7 @@ def measure(settings: Settings, parameters: dict[str, Any], pool: vattn.PagePool
     facts = {
         "fake": settings.fake_cuda is not None,
         "memory_bytes": limit,
+        "sized": sized,
         "requests_from": "a trace" if settings.trace else "made-up lengths",
         "mean_length": round(sum(map(sum, draws)) / sum(map(len, draws)), 1),
         "share_of_mapped_bytes_in_use": used,

@@ -283,8 +283,11 @@ def shape_of(bed: Bed) -> tuple[int, int, int, int]:
 
 
 def page_of(bed: Bed) -> int:
-    """Bytes: the defaults of the devices, which a fake driver keeps to as well."""
-    return 64 << 10 if bed.memory_device == "cpu" else 2 << 20
+    """Bytes: the defaults of the devices, which a fake driver keeps to as well; there ``VATTN_BENCH_PAGE`` names other
+    ones, since lengths of thousands take minutes in Triton's interpreter."""
+    if bed.memory_device == "cpu":
+        return 64 << 10
+    return 2 << 20 if bed.is_gpu else int(os.environ.get("VATTN_BENCH_PAGE") or 2 << 20)
 
 
 def lengths_of(page: int) -> list[int]:

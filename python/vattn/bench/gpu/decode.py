@@ -1,7 +1,8 @@
 """E4: what does a decode step cost end to end, by where keys and values lie?
 
-A decoder of Llama-3-8B's dimensions and random weights in bfloat16, 32 requests of about 16K tokens, 256 steps, on a
-static cache, `vattn` without look-ahead, `vattn` with its mapper, and paged blocks of 16 in random order; eagerly, and
+A decoder of Llama-3-8B's dimensions and random weights in bfloat16, 32 requests of about 16K tokens (16 or 8 where the
+free memory holds no more; the facts and the last line say which), 256 steps, on a static cache, `vattn` without
+look-ahead, `vattn` with its mapper, and paged blocks of 16 in random order; eagerly, and
 as one CUDA graph captured for the longest length, with `step` outside of it. Each step is a server's: host work of the
 memory, copies of tokens and lengths, the forward pass, the sampled tokens back on the host. The tokens fed are drawn
 beforehand, so that every arm computes the same; the logits of the first and the last step are compared, and an arm
@@ -21,12 +22,13 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
 from vattn.bench.gpu.libcuda import CudaError, Libcuda, choose_library
+from vattn.bench.gpu.sizing import TooLittleMemoryError, choose
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,10 @@ ORDER = 60
 STATIC, SYNCHRONOUS, MAPPER, PAGED = "static", "vattn, synchronous", "vattn, mapper", "paged 16"
 ARMS = (STATIC, SYNCHRONOUS, MAPPER, PAGED)
 PAGE = 2 << 20
+#: Requests at once, by what is free: the first that fits.
+REQUESTS, QUICK_REQUESTS, FAKE_REQUESTS = (32, 16, 8), (8,), (4, 2, 1)
+#: For logits, a layer's random tokens while they are copied, and what the allocators do not hand out.
+MARGIN = 8 << 30
 #: Of the largest logit, or number written. Paged tiles add up in another order, and bfloat16's 8 bits carry that
 #: through 32 layers; a page of keys left out differs by more.
 TOLERANCE = 0.06
@@ -60,6 +66,7 @@ class Plan:
     page: int
     device: torch.device  #: of torch's tensors
     fake: bool
+    sized: str = ""  #: why so many requests
 
     @property
     def tokens_per_page(self) -> int:
@@ -81,6 +88,11 @@ class Plan:
         """Memory for vattn: the longest lengths, and two pages a row for what is mapped ahead."""
         rows = 2 * self.shape.layers * self.requests
         return rows * (-(-self.longest // self.tokens_per_page) + 2) * self.page
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the device for all of it. On the fake library the weights are torch's, on the processor."""
+        return self.limit if self.fake else self.shape.weight_bytes + self.limit + MARGIN
 
 
 @dataclass
@@ -107,7 +119,7 @@ def run(settings: Settings) -> Iterator[Case]:
         return
     try:
         plan = plan_of(settings)
-    except (ImportError, OSError, CudaError) as error:
+    except (ImportError, OSError, CudaError, TooLittleMemoryError) as error:
         yield from (Case("decode", each, skipped=str(error)) for each in left)
         return
     from vattn.bench.gpu.decoder.kernels import open_kernel
@@ -132,7 +144,7 @@ def run(settings: Settings) -> Iterator[Case]:
 
 
 def plan_of(settings: Settings) -> Plan:
-    """The whole of it on a GPU, small dimensions on the processor with the fake library."""
+    """The whole of it on a GPU, as far as its memory goes; small dimensions on the processor with the fake library."""
     import torch
 
     from vattn.bench.gpu.decoder.model import LLAMA_3_8B, Shape
@@ -140,22 +152,24 @@ def plan_of(settings: Settings) -> Plan:
     ordinal = choose_library(settings)
     if settings.fake_cuda is not None:
         cuda = Libcuda(ordinal)
-        page = cuda.granularity
+        page, free = cuda.granularity, cuda.free_bytes()
         cuda.close()
         small = Shape(2, 32, 4, 2, 64, 64, 128, torch.float32)
-        return Plan(small, 4, page // 512, 12, 2, page, torch.device("cpu"), True)
+        return fitted(Plan(small, 0, page // 512, 12, 2, page, torch.device("cpu"), True), FAKE_REQUESTS, free)
     if not torch.cuda.is_available():
         raise ImportError("torch sees no GPU: install a build of torch with CUDA")
     device = torch.device(settings.device)
     torch.cuda.set_device(device)
-    plan = Plan(LLAMA_3_8B, 32, 16_384, 256, 2, PAGE, device, False)
-    if settings.quick:
-        plan = Plan(LLAMA_3_8B, 8, 4096, 64, 2, PAGE, device, False)
     free, _ = torch.cuda.mem_get_info(device)
-    needed = plan.shape.weight_bytes + plan.limit + (8 << 30)
-    if free < needed:
-        raise ImportError(f"{free >> 30} GiB of GPU memory are free and {needed >> 30} are needed: free some")
-    return plan
+    if settings.quick:
+        return fitted(Plan(LLAMA_3_8B, 0, 4096, 64, 2, PAGE, device, False), QUICK_REQUESTS, free)
+    return fitted(Plan(LLAMA_3_8B, 0, 16_384, 256, 2, PAGE, device, False), REQUESTS, free)
+
+
+def fitted(plan: Plan, counts: Sequence[int], free: int) -> Plan:
+    """The plan with as many requests as `free` bytes hold; TooLittleMemoryError where they hold none of `counts`."""
+    sized = choose("requests", counts, free, lambda count: replace(plan, requests=count).needed)
+    return replace(plan, requests=sized.count, sized=sized.words)
 
 
 def measure(
@@ -201,6 +215,7 @@ def facts_of(plan: Plan, ran: dict[str, list[Ran]]) -> dict[str, Any]:
     """Settings, percentiles and what each memory counted, the last round's."""
     found: dict[str, Any] = {
         "requests": plan.requests,
+        "sized": plan.sized,
         "steps": plan.steps,
         "first_lengths": [min(plan.starts), max(plan.starts)],
         "tokens_per_page": plan.tokens_per_page,

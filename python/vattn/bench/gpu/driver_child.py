@@ -14,21 +14,18 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from ctypes import byref, c_uint
+from ctypes import byref
 from typing import Any
 
 from vattn.bench.gpu.accelerator import COUNTS_BYTES, WORD, Accelerator, open_accelerator, seconds
+from vattn.bench.gpu.driver_capture import capture
 from vattn.bench.gpu.driver_costs import MIB, page_calls
 from vattn.bench.gpu.libcuda import READ, CudaError
 from vattn.bench.gpu.memory import Memory
 
 Seen = dict[str, Any]
-CAPTURE_MODES = ("global", "thread_local", "relaxed")  # by CUstreamCaptureMode
-CALLERS = ("capturing thread", "capturing thread, relaxed", "another thread", "another thread, relaxed")
-RELAXED = 2
 
 
 def stalls(gpu: Accelerator, rounds: int, busy_ms: float, read_mib: int) -> Seen:
@@ -82,61 +79,6 @@ def stalls(gpu: Accelerator, rounds: int, busy_ms: float, read_mib: int) -> Seen
     gpu.destroy_event(event)
     gpu.destroy_stream(stream)
     return seen
-
-
-def capture(gpu: Accelerator, mode: int) -> Seen:
-    """Every call while a stream is captured in that mode: by whom it is made, and what it and the capture's end
-    answer."""
-    cuda, stream, page = gpu.cuda, gpu.stream(), max(2 * MIB, gpu.cuda.granularity)
-    seen: Seen = {}
-    for caller in CALLERS:
-        for tried, _ in page_calls(cuda, page):
-            calls = page_calls(cuda, page)
-            position = [name for name, _ in calls].index(tried)
-            for _, call in calls[:position]:
-                call()
-            gpu.begin_capture(stream, mode)
-            answer = made_by(gpu, caller, calls[position][1])
-            ended = gpu.end_capture(stream)
-            rest = calls[position + 1 :] if answer == 0 else calls[position:]
-            for _, call in rest:
-                call()
-            seen.setdefault(caller, {})[tried] = [cuda.name_of(answer), cuda.name_of(ended)]
-    gpu.destroy_stream(stream)
-    return seen
-
-
-def made_by(gpu: Accelerator, caller: str, call: Callable[[], None]) -> int:
-    """The code of a call made by the thread, in the capture mode, that `caller` says."""
-    codes: list[int] = []
-
-    def make() -> None:
-        mode = c_uint(RELAXED)
-        if caller.endswith("relaxed"):
-            gpu.cuda.do("cuThreadExchangeStreamCaptureMode", byref(mode))
-        try:
-            call()
-            codes.append(0)
-        except CudaError as error:
-            codes.append(error.code)
-        finally:
-            if caller.endswith("relaxed"):
-                gpu.cuda.do("cuThreadExchangeStreamCaptureMode", byref(mode))
-
-    def make_there() -> None:
-        gpu.cuda.enter()
-        try:
-            make()
-        finally:
-            gpu.cuda.leave()
-
-    if caller.startswith("another"):
-        thread = threading.Thread(target=make_there)
-        thread.start()
-        thread.join()
-    else:
-        make()
-    return codes[0]
 
 
 def read_only(gpu: Accelerator) -> Seen:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from vattn.bench.benchmark import Arm, Case, Settings
-from vattn.bench.gpu.driver_child import CALLERS, CAPTURE_MODES
+from vattn.bench.gpu.driver_capture import CALLERS, CAPTURE_MODES, WORK_CALLS
 from vattn.bench.gpu.driver_costs import CALLS, NAME
 
 YES, NO, UNCLEAR = "yes", "no", "unclear"
@@ -62,8 +62,8 @@ def jobs(settings: Settings) -> list[tuple[dict[str, Any], Callable[[int], Case]
         ({"question": 4, "asked_of": "read-only"}, write_to_read_only),
         ({"question": 4, "asked_of": "part"}, partial(part_of_a_handle, first)),
         ({"question": 4, "asked_of": "offset"}, partial(part_of_a_handle, offset)),
-        *(({"question": 5, "after": how}, partial(zeroed, size)) for how in ("release", "exit", "kill")),
         ({"question": 6}, partial(beside_running_kernels, size)),
+        *(({"question": 5, "after": how}, partial(zeroed, size)) for how in ("release", "exit", "kill")),
     ]
     parameters = [{"part": "question", **each} for each, _ in found]
     return [(each, partial(work, each)) for each, (_, work) in zip(parameters, found, strict=True)]
@@ -127,14 +127,18 @@ def during_capture(parameters: dict[str, Any], ordinal: int) -> Case:
     """Question 3, for one mode of capture."""
     name = parameters["capture_mode"]
     question = f"Are the calls legal for the thread that captures a stream in the {name} mode?"
-    rule = "yes: each call succeeded and the capture ended well; no: one did not; other callers are in the evidence"
+    rule = (
+        "yes: each call of a page's life succeeded and the capture ended well; no: one did not; other callers, and "
+        "calls about streams and events, are in the evidence"
+    )
     seen = ask("capture", ordinal, mode=CAPTURE_MODES.index(name))
     if "died" in seen:
         return answered(parameters, question, UNCLEAR, rule, seen)
     well = ["CUDA_SUCCESS", "CUDA_SUCCESS"]
     legal = {caller: [call for call in CALLS if seen[caller][call] == well] for caller in CALLERS}
+    work = {caller: [call for call in WORK_CALLS if seen[caller][call] == well] for caller in CALLERS}
     answer = YES if len(legal[CALLERS[0]]) == len(CALLS) else NO
-    return answered(parameters, question, answer, rule, {**seen, "legal": legal})
+    return answered(parameters, question, answer, rule, {**seen, "legal": legal, "legal_beside_pages": work})
 
 
 def write_to_read_only(parameters: dict[str, Any], ordinal: int) -> Case:

@@ -23,6 +23,7 @@ from vattn.bench import programs
 from vattn.bench.benchmark import Arm, Bound, Case, Settings
 from vattn.bench.gpu.driver_costs import MIB, NAME, facts_of
 from vattn.bench.gpu.libcuda import Libcuda
+from vattn.bench.gpu.sizing import Sized, TooLittleMemoryError, choose
 
 HEADS, HEAD_DIM = 8, 128
 STEP, LOOP, CPP_STEP, CPP_LOOP = "step, Python", "driver loop, ctypes", "step, C++", "driver loop, C++"
@@ -43,7 +44,11 @@ def measure(settings: Settings, parameters: dict[str, Any], cuda: Libcuda) -> Ca
     """A pool that both arms cannot share, so each has pages of its own: half the memory each."""
     pooled, run = parameters["pages"] == "pooled", parameters["pages_a_run"]
     layers = 2 if settings.fake_cuda is not None else 32
-    slots = 1 if settings.fake_cuda is not None else 4 if settings.quick else 8  # 1 GiB each
+    try:
+        sized = slots_for(settings, layers, cuda.free_bytes())
+    except TooLittleMemoryError as error:
+        return Case(NAME, parameters, facts=facts_of(cuda), skipped=str(error))
+    slots = sized.count
     rounds = 2 if settings.fake_cuda is not None else 3 if settings.quick or not pooled else 9
     through, bare = ThroughStep(settings.device, layers, slots, pooled), BareLoop(cuda, layers, slots, pooled)
     samples: dict[str, list[float]] = {STEP: [], LOOP: []}
@@ -57,12 +62,19 @@ def measure(settings: Settings, parameters: dict[str, Any], cuda: Libcuda) -> Ca
         through.close()
         bare.close()
     arms = [Arm(name, "GB/s", values) for name, values in samples.items()]
-    facts = {**facts_of(cuda), "page_bytes": through.page, "tensors": 2 * layers, "slots": slots, **through.facts}
+    facts = {**facts_of(cuda), "page_bytes": through.page, "tensors": 2 * layers, "slots": slots, "sized": sized.words}
+    facts |= through.facts
     bounds = []
     if pooled and not cuda.is_fake:
         bounds = [Bound(f"supply in runs of {run}", STEP, None, least=TARGETS[run])]
     arms += in_cpp(settings, parameters, layers, slots, rounds, facts)
     return Case(NAME, parameters, arms, bounds, facts)
+
+
+def slots_for(settings: Settings, layers: int, free: int) -> Sized:
+    """8 (quick: 4; on the fake library 1), or fewer where less is free: with 32 layers each takes a GiB an arm."""
+    counts = (1,) if settings.fake_cuda is not None else (4, 2, 1) if settings.quick else (8, 4, 2, 1)
+    return choose("slots", counts, free, lambda slots: 2 * slots * 2 * layers * 8 * 2 * MIB)
 
 
 def in_cpp(
