@@ -6,6 +6,8 @@ Memory past every length is NaN, table entries past a request's blocks point now
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
 pytest.importorskip("triton")
@@ -222,3 +224,23 @@ def test_on_hopper_a_block_table_leaves_as_much_in_flight_and_the_matrix_units_i
     (rows, products), (blocks, paged_products) = (map(int, line.split()) for line in told.splitlines())
     assert rows <= blocks <= rows * 1.05
     assert products == paged_products > 0
+
+
+def test_an_interpreter_that_fails_leaves_the_kernel_out_with_the_releases_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vattn.attention import triton_interpreter
+
+    class Fails:
+        def __getitem__(self, grid: object) -> NoReturn:
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    monkeypatch.setattr(triton_interpreter, "count", Fails())
+    triton_interpreter.problem.cache_clear()
+    try:
+        reason = TritonAttention().unavailable(torch.device("cpu"))
+    finally:
+        triton_interpreter.problem.cache_clear()
+    assert "Triton" in reason
+    assert "NumPy" in reason
+    assert "0-dimensional" in reason

@@ -50,7 +50,9 @@ class TritonAttention(Kernel):
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install triton"
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-            return ""
+            from vattn.attention import triton_interpreter
+
+            return triton_interpreter.problem()
         return needs_gpu(device, "triton")
 
     def blocks_misfit(self, block_size: int) -> str:
