@@ -29,7 +29,7 @@ def test_every_page_size_stands_beside_plain_memory_in_order_and_shuffled(
     made = []
     make = KernelMemory._cache
 
-    def watch(self, *arguments, **more):  # type: ignore[no-untyped-def]
+    def watch(self, *arguments, **more):  # type: ignore[no-untyped-def]  # passes on whatever it is given
         cache = make(self, *arguments, **more)
         made.append(cache.page_size)
         return cache

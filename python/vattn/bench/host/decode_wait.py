@@ -24,6 +24,7 @@ from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
 
 ORDER = 80
 LATENCIES_NS = {"cuMemCreate": 193_000, "cuMemMap": 1_500, "cuMemSetAccess": 36_000, "cuMemUnmap": 26_000}
+NEEDS_FAKE = "needs the fake libcuda of the tests: --fake-cuda build/test/tests/libfake_cuda.so"
 REQUESTS = 32
 FIRST_LENGTH = 512
 LAYERS_PER_TENSOR = (1, 16)  # 16 is what a cache of this shape chooses
@@ -40,8 +41,7 @@ def run(settings: Settings) -> Iterator[Case]:
         if settings.is_done(parameters):
             continue
         if settings.fake_cuda is None:
-            why = "needs the fake libcuda of the tests: --fake-cuda build/test/tests/libfake_cuda.so"
-            yield Case("decode_wait", parameters, skipped=why)
+            yield Case("decode_wait", parameters, skipped=NEEDS_FAKE)
         else:
             yield _measured(parameters, str(settings.fake_cuda))
 

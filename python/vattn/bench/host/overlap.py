@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from vattn.bench import process
 from vattn.bench.benchmark import Arm, Benchmark, Bound, Case, Settings
-from vattn.bench.host.decode_wait import LATENCIES_NS, LAYERS_PER_TENSOR
+from vattn.bench.host.decode_wait import LATENCIES_NS, LAYERS_PER_TENSOR, NEEDS_FAKE
 
 if TYPE_CHECKING:
     import vattn
@@ -57,8 +57,7 @@ def run(settings: Settings) -> Iterator[Case]:
         if settings.is_done(parameters):
             continue
         if settings.fake_cuda is None:
-            why = "needs the fake libcuda of the tests: --fake-cuda build/test/tests/libfake_cuda.so"
-            yield Case("overlap", parameters, skipped=why)
+            yield Case("overlap", parameters, skipped=NEEDS_FAKE)
         elif parameters["part"] == "decode":
             yield _decode_case(parameters, str(settings.fake_cuda))
         else:
